@@ -1,0 +1,1 @@
+"""The floor above both wings: Ray, the command line and configuration files."""

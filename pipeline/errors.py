@@ -1,0 +1,58 @@
+"""What can be wrong with the world, as a tree. Bad images are values (records.SampleFailure), not exceptions."""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Something outside is wrong; the message names the thing and the remedy. `exit_code` is the command's."""
+
+    exit_code = 2
+
+
+class StorageError(PipelineError):
+    """A URL cannot be read or written."""
+
+
+class NoShardsMatched(PipelineError):
+    """A shard pattern matched no object."""
+
+
+class RunMismatch(PipelineError):
+    """The output prefix holds a run of another model, image spec, schema or options."""
+
+
+class RunHeld(PipelineError):
+    """Another live driver holds the output prefix."""
+
+    exit_code = 3
+
+
+class ShardError(PipelineError):
+    """One shard cannot be read to its end; `reason` is stored with the quarantined shard."""
+
+    reason = "unreadable"
+
+    def __init__(self, url: str, detail: str) -> None:
+        super().__init__(url, detail)  # both, so that the exception survives pickling between processes
+        self.url, self.detail = url, detail
+
+    def __str__(self) -> str:
+        return f"{self.url}: {self.detail}"
+
+
+class ShardUnreadable(ShardError):
+    """The store failed while the shard was read."""
+
+    reason = "unreadable"
+
+
+class ShardTruncated(ShardError):
+    """The tar ends before its end-of-archive block, or the object is shorter than listed."""
+
+    reason = "truncated"
+
+
+class ShardDamaged(ShardError):
+    """A tar header or member is not what the format allows."""
+
+    reason = "damaged"

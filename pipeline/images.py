@@ -1,0 +1,202 @@
+"""Image bytes -> RGB uint8 pixels, by a stated policy. Owns Pillow (pictures.py draws with it).
+
+The policy, part of the image spec's version:
+EXIF orientation is applied · animations give their first frame · alpha (also palettes with a transparent
+colour) is laid over white · CMYK, YCbCr, LAB, palette, grey and 1-bit are converted by Pillow without colour
+profiles · 16-bit grey is scaled to 8 bits with rounding · 32-bit integer and float images are refused · an
+image of more than MAX_PIXELS is refused before it is decoded · a truncated image is refused, never filled up
+· a shorter side under the target is refused or enlarged, as the spec says.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.records import FailureReason
+
+# H W pixel rows and columns, C channels
+
+IMAGE_SPEC_VERSION = 1
+MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a decompression bomb
+
+# What a damaged file can make Pillow raise beside OSError: its plugins parse hostile bytes in Python.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+            AttributeError, RuntimeError, NotImplementedError, ZeroDivisionError, struct.error, zlib.error)
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS decides
+
+Augment = Literal["none", "flip", "dalle"]
+
+
+class SampleError(Exception):
+    """These bytes give no pixels; becomes a SampleFailure."""
+
+    def __init__(self, reason: FailureReason, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason, self.message = reason, message
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What becomes of an image before the encoder sees it. The default is DALL-E's: shorter side to `size`
+    with Lanczos, centre crop (github.com/openai/DALL-E, notebooks/usage.ipynb)."""
+
+    size: int = 256
+    resample: Literal["lanczos", "bicubic", "box"] = "lanczos"
+    small: Literal["refuse", "upscale"] = "refuse"
+    version: int = IMAGE_SPEC_VERSION
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.size <= 4096:
+            raise ValueError(f"image.size {self.size} is not between 8 and 4096")
+        if self.version != IMAGE_SPEC_VERSION:
+            raise ValueError(f"image.version {self.version} is unknown here: this is {IMAGE_SPEC_VERSION}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ImageSpec:
+        """Raises ValueError on an unknown or missing field, for then the pixels would be others."""
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise ValueError(f"no image spec that this version knows: {error}") from error
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """pixels_HWC uint8 (size, size, 3); width and height of the original, as it is meant to be seen."""
+
+    pixels_HWC: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+def decode_image(data: bytes, spec: ImageSpec) -> DecodedImage:
+    """Pixels as the tokenizer wants them. Raises SampleError with its reason."""
+    image = open_rgb(data)
+    resized = _resize_shorter_side(_enough(image, spec), spec.size, _filter(spec))
+    left, top = (int(round((side - spec.size) / 2.0)) for side in resized.size)
+    return DecodedImage(_crop(resized, left, top, spec.size), image.width, image.height)
+
+
+def training_crop(
+    data: bytes, spec: ImageSpec, augment: Augment, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """One training view, uint8 (size, size, 3). `dalle`: DALL-E's paper, appendix A.1 (random square, area
+    filter, random crop, flip), lengths scaled by size/256. `flip`: the evaluation crop, mirrored half the time.
+    Raises SampleError."""
+    if augment == "dalle":
+        pixels_HWC = _dalle_crop(_enough(open_rgb(data), spec), spec.size, rng)
+    else:
+        pixels_HWC = decode_image(data, spec).pixels_HWC
+    if augment != "none" and rng.integers(2):
+        pixels_HWC = np.ascontiguousarray(pixels_HWC[:, ::-1])
+    return pixels_HWC
+
+
+def _dalle_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    side = min(image.size)
+    left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
+    low, high = (max(size, min(side, round(bound * size / 256))) for bound in (288, 384))
+    target = int(rng.integers(low, high + 1))
+    square = image.resize(
+        (target, target), Image.Resampling.BOX, box=(left, top, left + side, top + side)
+    )
+    left, top = (int(rng.integers(0, target - size + 1)) for _ in range(2))
+    return _crop(square, left, top, size)
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """The first frame, upright, as RGB over white. Raises SampleError."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError as error:
+        raise SampleError(FailureReason.NOT_AN_IMAGE, "no image format that is known") from error
+    except Image.DecompressionBombError as error:
+        raise SampleError(FailureReason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS} pixels") from error
+    except _DAMAGED as error:
+        raise SampleError(FailureReason.UNDECODABLE, _describe(error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        message = f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
+        raise SampleError(FailureReason.TOO_MANY_PIXELS, message)
+    try:
+        return _to_rgb(_upright(image))
+    except _DAMAGED as error:
+        message = _describe(error)
+        cut = "truncated" in message.lower() or isinstance(error, EOFError)
+        reason = FailureReason.TRUNCATED_IMAGE if cut else FailureReason.UNDECODABLE
+        raise SampleError(reason, message) from error
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DAMAGED:  # damaged EXIF beside good pixels: as if there were none
+        orientation = 1
+    method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise SampleError(FailureReason.UNSUPPORTED_MODE, f"Pillow mode {image.mode}: no agreed range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(values_HW: NDArray[Any]) -> NDArray[np.uint8]:
+    return ((values_HW.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _enough(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    if min(image.size) < spec.size and spec.small == "refuse":
+        message = f"{image.width}x{image.height}: the shorter side is under {spec.size}"
+        raise SampleError(FailureReason.TOO_SMALL, message)
+    return image
+
+
+def _filter(spec: ImageSpec) -> Image.Resampling:
+    return Image.Resampling[spec.resample.upper()]
+
+
+def _resize_shorter_side(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    ratio = size / min(image.size)
+    width, height = (max(size, round(ratio * side)) for side in image.size)
+    return image if (width, height) == image.size else image.resize((width, height), resample)
+
+
+def _crop(image: Image.Image, left: int, top: int, size: int) -> NDArray[np.uint8]:
+    return cast(NDArray[np.uint8], np.asarray(image.crop((left, top, left + size, top + size))))
