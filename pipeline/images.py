@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.records import FailureReason
 
@@ -29,8 +29,22 @@ IMAGE_SPEC_VERSION = 1
 MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a decompression bomb
 
 # What a damaged file can make Pillow raise beside OSError: its plugins parse hostile bytes in Python.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-            AttributeError, RuntimeError, NotImplementedError, ZeroDivisionError, struct.error, zlib.error)
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    AttributeError,
+    RuntimeError,
+    NotImplementedError,
+    ZeroDivisionError,
+    struct.error,
+    zlib.error,
+)
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,9 +114,7 @@ def decode_image(data: bytes, spec: ImageSpec) -> DecodedImage:
     return DecodedImage(_crop(resized, left, top, spec.size), image.width, image.height)
 
 
-def training_crop(
-    data: bytes, spec: ImageSpec, augment: Augment, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+def training_crop(data: bytes, spec: ImageSpec, augment: Augment, rng: np.random.Generator) -> NDArray[np.uint8]:
     """One training view, uint8 (size, size, 3). `dalle`: DALL-E's paper, appendix A.1 (random square, area
     filter, random crop, flip), lengths scaled by size/256. `flip`: the evaluation crop, mirrored half the time.
     Raises SampleError."""
@@ -120,9 +132,7 @@ def _dalle_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDAr
     left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
     low, high = (max(size, min(side, round(bound * size / 256))) for bound in (288, 384))
     target = int(rng.integers(low, high + 1))
-    square = image.resize(
-        (target, target), Image.Resampling.BOX, box=(left, top, left + side, top + side)
-    )
+    square = image.resize((target, target), Image.Resampling.BOX, box=(left, top, left + side, top + side))
     left, top = (int(rng.integers(0, target - size + 1)) for _ in range(2))
     return _crop(square, left, top, size)
 
@@ -131,7 +141,7 @@ def open_rgb(data: bytes) -> Image.Image:
     """The first frame, upright, as RGB over white. Raises SampleError."""
     try:
         image = Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise SampleError(FailureReason.NOT_AN_IMAGE, "no image format that is known") from error
     except Image.DecompressionBombError as error:
         raise SampleError(FailureReason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS} pixels") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import closing
 
 from pipeline import storage
@@ -30,7 +30,7 @@ def read_samples(
     metadata_extensions: Collection[str] = (),
     image_extensions: Collection[str] = IMAGE_EXTENSIONS,
     require_end_marker: bool = True,
-) -> Iterator[RawSample]:
+) -> Generator[RawSample, None, None]:
     """Every sample of the shard, in tar order. Each comes once: one without a single good image member has
     its `failure` set. Raises ShardTruncated, ShardDamaged or ShardUnreadable; what was yielded before that
     must then be thrown away."""

@@ -23,7 +23,15 @@ from pipeline.records import ObjectInfo
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 READ_BLOCK_BYTES = 8 << 20
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+}
 
 
 def normalize(url: str) -> str:

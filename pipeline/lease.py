@@ -1,0 +1,98 @@
+"""One driver at a time: lease.json in the output prefix, made by a create-only PUT and renewed.
+
+Two drivers do no harm (parts are deterministic and whole), so the lease guards against waste, not damage.
+A lease whose process is gone (same host) or that was not renewed for EXPIRY_S is taken over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from types import TracebackType
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import RunHeld, StorageError
+from pipeline.output import OutputPrefix
+
+EXPIRY_S = 120.0
+RENEW_S = 30.0
+log = logging.getLogger(__name__)
+
+
+class Lease:
+    """Context manager that holds `output` while it is open. Raises RunHeld on entry when somebody else does."""
+
+    def __init__(self, output: OutputPrefix) -> None:
+        self._url = output.file("lease.json")
+        self._writer = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        if not storage.create(self._url, self._content()):
+            self._take_over()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if (_read(self._url) or {}).get("writer") == self._writer:
+            storage.remove(self._url)
+
+    def _take_over(self) -> None:
+        holder = _read(self._url)
+        if holder is not None and not _is_dead(holder):
+            age_s = max(0.0, time.time() - float(holder.get("renewed", 0)))
+            raise RunHeld(
+                f"{self._url}: another driver (process {holder.get('pid')} on {holder.get('host')}) holds this run, "
+                f"renewed {age_s:.0f} s ago; wait for it, or stop it (its lease ends {EXPIRY_S:.0f} s after that)"
+            )
+        storage.publish(self._url, self._content())
+        if (_read(self._url) or {}).get("writer") != self._writer:
+            raise RunHeld(f"{self._url}: another driver took this run at the same moment")
+
+    def _keep(self) -> None:
+        while not self._stop.wait(RENEW_S):
+            try:
+                storage.publish(self._url, self._content())
+            except StorageError as error:  # the run itself will meet the same store and say so
+                log.warning("lease not renewed: %s", error)
+
+    def _content(self) -> bytes:
+        host = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        return json.dumps({"writer": self._writer, **host, "renewed": time.time()}).encode()
+
+
+def _read(url: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(storage.read_bytes(url)))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    if time.time() - float(holder.get("renewed", 0)) > EXPIRY_S:
+        return True
+    if holder.get("host") != socket.gethostname():
+        return False
+    return _started(int(holder.get("pid", 0))) != holder.get("started")
+
+
+def _started(pid: int) -> str | None:
+    """The start time of a process in clock ticks (a process id alone is used again); None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,208 @@
+"""The Parquet schemas of tokens and errors, to and from bytes. The only module that knows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.metadata import MetadataColumn
+from pipeline.records import DecodedSample, ObjectInfo, SampleFailure
+
+# B images, H W token rows and columns, N = H * W
+
+SCHEMA_VERSION = 1
+ROW_GROUP_ROWS = 8192
+INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
+_ARROW_TYPES = {
+    "string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(),
+    "float64": pa.float64(), "bool": pa.bool_(),
+}  # fmt: skip
+
+ERRORS_SCHEMA = pa.schema([
+    pa.field("shard", pa.string(), nullable=False),
+    pa.field("key", pa.string()),
+    pa.field("index", pa.int32()),
+    pa.field("offset", pa.int64()),
+    pa.field("size", pa.int64()),
+    pa.field("stage", pa.string(), nullable=False),
+    pa.field("reason", pa.string(), nullable=False),
+    pa.field("message", pa.string(), nullable=False),
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What the token table of a run looks like, and which tokenizer fills it."""
+
+    tokenizer_id: str
+    grid: tuple[int, int]
+    codebook_size: int
+    image_spec: dict[str, Any]
+    columns: tuple[MetadataColumn, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def token_type(self) -> pa.DataType:
+        return pa.int16() if self.codebook_size <= INT16_CODES else pa.int32()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "tokenizer_id": self.tokenizer_id,
+            "grid": list(self.grid),
+            "codebook_size": self.codebook_size,
+            "image_spec": self.image_spec,
+            "columns": {c.name: {"from": c.source, "type": c.type} for c in self.columns},
+        }
+
+
+def token_schema(spec: TableSpec) -> pa.Schema:
+    """key, shard, index, tokens (N, row-major), width and height, offset and size, then the metadata columns."""
+    tokens = pa.list_(pa.field("element", spec.token_type, nullable=False), spec.num_tokens)
+    own = [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("tokens", tokens, nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+    return pa.schema(own + [pa.field(c.name, _ARROW_TYPES[c.type]) for c in spec.columns])
+
+
+def narrow_tokens(tokens_BHW: NDArray[Any], spec: TableSpec) -> NDArray[np.signedinteger[Any]]:
+    """tokens_BN in the table's type. Raises ValueError when the shape or a token is not the tokenizer's own."""
+    if tokens_BHW.shape[1:] != spec.grid:
+        raise ValueError(f"the encoder gave a grid of {tokens_BHW.shape[1:]}, it promised {spec.grid}")
+    if tokens_BHW.size and not 0 <= tokens_BHW.min() <= tokens_BHW.max() < spec.codebook_size:
+        span = f"{tokens_BHW.min()}..{tokens_BHW.max()}"
+        raise ValueError(f"the encoder gave tokens {span}, outside [0, {spec.codebook_size})")
+    dtype = np.int16 if spec.token_type == pa.int16() else np.int32
+    return tokens_BHW.reshape(len(tokens_BHW), spec.num_tokens).astype(dtype)
+
+
+def part_bytes(
+    spec: TableSpec,
+    shard: ObjectInfo,
+    samples: Sequence[DecodedSample],
+    tokens_BN: NDArray[Any],
+    num_failed: int,
+) -> bytes:
+    """One part, whole: a pure function of its arguments."""
+    footer = {
+        **spec.to_json(),
+        "shard": storage.public_url(shard.url),
+        "shard_size": shard.size_bytes,
+        "shard_etag": shard.etag,
+        "num_rows": len(samples),
+        "num_failed": num_failed,
+    }
+    schema = token_schema(spec).with_metadata({b"dvae": _canonical(footer)})
+    return _parquet(pa.Table.from_arrays(_columns(spec, shard, samples, tokens_BN, schema), schema=schema))
+
+
+def _columns(
+    spec: TableSpec,
+    shard: ObjectInfo,
+    samples: Sequence[DecodedSample],
+    tokens_BN: NDArray[Any],
+    schema: pa.Schema,
+) -> list[pa.Array]:
+    def column(name: str, values: list[Any]) -> pa.Array:
+        return pa.array(values, schema.field(name).type)
+
+    tokens = pa.FixedSizeListArray.from_arrays(
+        pa.array(tokens_BN.reshape(-1), spec.token_type), type=schema.field("tokens").type
+    )
+    return [
+        column("key", [s.key for s in samples]),
+        column("shard", [storage.public_url(shard.url)] * len(samples)),
+        column("index", [s.index for s in samples]),
+        tokens,
+        column("width", [s.width for s in samples]),
+        column("height", [s.height for s in samples]),
+        column("offset", [s.offset for s in samples]),
+        column("size", [s.size for s in samples]),
+        *(column(c.name, [s.metadata[c.name] for s in samples]) for c in spec.columns),
+    ]
+
+
+def errors_bytes(shard: ObjectInfo, failures: Sequence[SampleFailure]) -> bytes:
+    """The errors of one shard, whole."""
+    rows = [
+        {
+            "shard": storage.public_url(shard.url),
+            "key": f.key,
+            "index": f.index,
+            "offset": f.offset,
+            "size": f.size,
+            "stage": f.stage.value,
+            "reason": f.reason.value,
+            "message": f.message.encode("utf-8", "replace").decode(),
+        }
+        for f in failures
+    ]
+    return _parquet(pa.Table.from_pylist(rows, schema=ERRORS_SCHEMA))
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=True, row_group_size=ROW_GROUP_ROWS)
+    return bytes(sink.getvalue())
+
+
+def read_footer(url: str) -> dict[str, Any]:
+    """What `part_bytes` wrote beside the rows. Raises ValueError when the file is no part of ours."""
+    fs, path = storage.filesystem(url)
+    try:
+        with fs.open(path, "rb") as file:
+            metadata = pq.read_metadata(file).metadata or {}
+        footer = json.loads(metadata[b"dvae"])
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise ValueError(f"{storage.public_url(url)} is not a whole part of a run: {error}") from error
+    return dict(footer)
+
+
+def read_table(
+    urls: Sequence[str], columns: Sequence[str] | None = None, where: ds.Expression | None = None
+) -> pa.Table:
+    """Rows of the Parquet files at `urls` (all on one store), in the order of the list."""
+    if not urls:
+        return pa.table({})
+    fs = storage.filesystem(urls[0])[0]
+    paths = [storage.filesystem(url)[1] for url in urls]
+    dataset = ds.dataset(paths, format="parquet", filesystem=fs)
+    return dataset.to_table(columns=list(columns) if columns else None, filter=where)
+
+
+def read_tokens(
+    urls: Sequence[str], keys: Sequence[str] | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Token rows as dicts, those of `keys` or the first `limit`; `tokens` is an array of N integers."""
+    rows: list[dict[str, Any]] = []
+    for url in urls:
+        if limit is not None and len(rows) >= limit:
+            break
+        table = read_table([url], where=None if keys is None else ds.field("key").isin(list(keys)))
+        tokens_BN = table["tokens"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+        plain = table.drop_columns(["tokens"]).to_pylist()
+        rows += [{**row, "tokens": tokens_N} for row, tokens_N in zip(plain, tokens_BN, strict=True)]
+    return rows if limit is None else rows[:limit]

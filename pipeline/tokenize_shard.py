@@ -1,0 +1,139 @@
+"""One shard from start to finish: bytes -> pixels -> tokens -> one part, published whole."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.batches import pixel_batches
+from pipeline.images import ImageSpec
+from pipeline.output import OutputPrefix
+from pipeline.plan import ShardTask
+from pipeline.records import (
+    DecodedSample,
+    FailureReason,
+    ImageTokenizer,
+    PixelBatch,
+    RawSample,
+    SampleFailure,
+    ShardResult,
+    ShardState,
+    Stage,
+)
+from pipeline.shards import IMAGE_EXTENSIONS, read_samples
+from pipeline.token_table import TableSpec, errors_bytes, narrow_tokens, part_bytes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """All that a worker has to know of a run, beside the tokenizer."""
+
+    output: OutputPrefix
+    table: TableSpec
+    batch_size: int
+    decode_threads: int
+    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    require_end_marker: bool = True
+
+    @property
+    def metadata_extensions(self) -> frozenset[str]:
+        return frozenset(column.extension for column in self.table.columns)
+
+
+class TokenizeWorker:
+    """Holds one tokenizer and its decode threads. `tokenize` may be called from several threads at once, one
+    shard each: while one shard's batch is encoded, the others read and decode."""
+
+    def __init__(self, tokenizer: ImageTokenizer, job: TokenizeJob) -> None:
+        if tokenizer.tokenizer_id != job.table.tokenizer_id:
+            raise ValueError(f"loaded tokenizer {tokenizer.tokenizer_id}, the run wants {job.table.tokenizer_id}")
+        self._tokenizer, self._job = tokenizer, job
+        self._executor = ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode")
+        self._encoding = threading.Lock()
+
+    def tokenize(self, task: ShardTask) -> ShardResult:
+        """Tokenise and publish one shard. Raises ShardError (nothing is published then) or StorageError."""
+        started = time.monotonic()
+        samples, tokens_BN, failures = self._encode_shard(task)
+        part = part_bytes(self._job.table, task.shard, samples, tokens_BN, len(failures))
+        self._publish(task, part, failures)
+        result = ShardResult(
+            storage.public_url(task.shard.url), task.shard.size_bytes, task.shard.etag, ShardState.DONE,
+            task.part, len(samples), len(failures), len(part), hashlib.sha256(part).hexdigest(),
+            round(time.monotonic() - started, 3),
+        )  # fmt: skip
+        log.info("%s: %d rows, %d failed, %.1f s", result.shard, result.num_rows, result.num_failed, result.seconds)
+        return result
+
+    def _encode_shard(self, task: ShardTask) -> tuple[list[DecodedSample], NDArray[Any], list[SampleFailure]]:
+        rows: list[DecodedSample] = []
+        tokens: list[NDArray[Any]] = [np.empty((0, self._job.table.num_tokens), np.int16)]  # for a shard without rows
+        failures: list[SampleFailure] = []
+        with closing(self._read(task)) as raw_samples, closing(self._decode(raw_samples, failures)) as batches:
+            for batch in batches:
+                tokens.append(self._encode(batch.pixels_BHWC)[: len(batch.samples)])
+                rows.extend(batch.samples)
+        return rows, np.concatenate(tokens), failures
+
+    def _read(self, task: ShardTask) -> Generator[RawSample, None, None]:
+        return read_samples(
+            task.shard,
+            metadata_extensions=self._job.metadata_extensions,
+            image_extensions=self._job.image_extensions,
+            require_end_marker=self._job.require_end_marker,
+        )
+
+    def _decode(self, samples: Iterator[RawSample], failures: list[SampleFailure]) -> Generator[PixelBatch, None, None]:
+        table = self._job.table
+        spec = ImageSpec.from_json(table.image_spec)
+        return pixel_batches(samples, spec, self._job.batch_size, failures, self._executor, columns=table.columns)
+
+    def _encode(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[Any]:
+        with self._encoding:
+            tokens_BHW = self._tokenizer.encode(pixels_BHWC)
+        return narrow_tokens(tokens_BHW, self._job.table)
+
+    def _publish(self, task: ShardTask, part: bytes, failures: list[SampleFailure]) -> None:
+        """Errors before the part, so that a part implies its errors; the part is the commit."""
+        output = self._job.output
+        if failures:
+            storage.publish(output.errors(task.part), errors_bytes(task.shard, failures))
+        elif task.has_errors_file:
+            storage.remove(output.errors(task.part))
+        storage.publish(output.part(task.part), part)
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+
+def quarantine(
+    output: OutputPrefix, task: ShardTask, reason: FailureReason, message: str, attempts: int
+) -> ShardResult:
+    """Record a shard that was given up: an errors file with one row of stage `shard`, so that the ledger can be
+    made again from the files. A part of earlier bytes of the shard is removed first."""
+    storage.remove(output.part(task.part))
+    failure = SampleFailure(None, None, None, None, Stage.SHARD, reason, message[:2000])
+    storage.publish(output.errors(task.part), errors_bytes(task.shard, [failure]))
+    return ShardResult(
+        storage.public_url(task.shard.url), task.shard.size_bytes, task.shard.etag, ShardState.QUARANTINED,
+        attempts=attempts, reason=reason.value, message=message[:2000],
+    )  # fmt: skip
+
+
+def default_decode_threads() -> int:
+    """One a core that this process may use."""
+    return max(1, len(os.sched_getaffinity(0)))
