@@ -1,0 +1,114 @@
+"""What an evaluation adds up, over batches and over ranks, and the figures made of the sums."""
+# B batch, C channels, H W rows and columns of pixels, N positions, K codes
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.losses import kl_to_uniform
+
+NUM_SCALARS = 7
+
+
+@dataclass(frozen=True)
+class EvalSums:
+    """`posterior_K` sums q(code | x) and `histogram_K` counts the argmax, over all positions."""
+
+    num_values: float
+    num_positions: float
+    squared_error_soft: float  # pixels in [0, 1]
+    squared_error_hard: float
+    nll: float  # nats for logit_laplace, squared or absolute error otherwise; noisy relaxation as in training
+    kl: float  # nats, to the uniform distribution
+    entropy: float  # nats, of q(code | x)
+    histogram_K: NDArray[np.float64]
+    posterior_K: NDArray[np.float64]
+
+    @classmethod
+    def zeros(cls, codebook_size: int) -> EvalSums:
+        return cls.from_array(np.zeros(NUM_SCALARS + 2 * codebook_size))
+
+    def to_array(self) -> NDArray[np.float64]:
+        """One float64 vector, so that ranks can add theirs up in one reduction."""
+        scalars = [
+            self.num_values,
+            self.num_positions,
+            self.squared_error_soft,
+            self.squared_error_hard,
+            self.nll,
+            self.kl,
+            self.entropy,
+        ]
+        return np.concatenate([np.array(scalars, dtype=np.float64), self.histogram_K, self.posterior_K])
+
+    @classmethod
+    def from_array(cls, array: NDArray[np.float64]) -> EvalSums:
+        scalars, per_code = array[:NUM_SCALARS].tolist(), array[NUM_SCALARS:]
+        half = per_code.size // 2
+        fields: list[Any] = [*scalars, per_code[:half], per_code[half:]]
+        return cls(*fields)
+
+    def __add__(self, other: EvalSums) -> EvalSums:
+        return EvalSums.from_array(self.to_array() + other.to_array())
+
+    def metrics(self) -> dict[str, float]:
+        """`kl` = `information` + `usage_kl`: I(x; z), and the KL of the mean posterior to uniform."""
+        if not self.num_values:
+            raise ValueError("no image was evaluated: the held-out shards are empty")
+        num_codes = self.histogram_K.size
+        used = float((self.histogram_K > 0).sum())
+        kl = self.kl / self.num_positions
+        usage_kl = math.log(num_codes) - _entropy(self.posterior_K)
+        return {
+            "psnr_soft": psnr(self.squared_error_soft / self.num_values),
+            "psnr_hard": psnr(self.squared_error_hard / self.num_values),
+            "nats_per_value": self.nll / self.num_values,
+            "kl": kl,
+            "information": kl - usage_kl,
+            "usage_kl": usage_kl,
+            "posterior_entropy": self.entropy / self.num_positions,
+            "used_share": used / num_codes,
+            "dead_codes": num_codes - used,
+            "perplexity": math.exp(_entropy(self.histogram_K)),
+            "top_share": float(self.histogram_K.max() / self.histogram_K.sum()),
+        }
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Decibels for pixels in [0, 1]; at most 100, so that equal images give a number."""
+    return -10.0 * math.log10(max(mean_squared_error, 1e-10))
+
+
+def eval_sums(
+    x_BCHW: Tensor, soft_BCHW: Tensor, hard_BCHW: Tensor, nll_B: Tensor, logits_NK: Tensor, tokens_N: Tensor
+) -> EvalSums:
+    """Sums of one batch; pixels in [0, 1]."""
+    log_probs_NK = torch.log_softmax(logits_NK, dim=-1)
+    probs_NK = log_probs_NK.exp()
+    return EvalSums(
+        num_values=float(x_BCHW.numel()),
+        num_positions=float(logits_NK.shape[0]),
+        squared_error_soft=_total((soft_BCHW - x_BCHW).square()),
+        squared_error_hard=_total((hard_BCHW - x_BCHW).square()),
+        nll=_total(nll_B),
+        kl=_total(kl_to_uniform(logits_NK)),
+        entropy=_total(-(probs_NK * log_probs_NK)),
+        histogram_K=torch.bincount(tokens_N, minlength=logits_NK.shape[1]).cpu().numpy().astype(np.float64),
+        posterior_K=probs_NK.sum(dim=0, dtype=torch.float64).cpu().numpy(),
+    )
+
+
+def _total(x: Tensor) -> float:
+    return float(x.sum(dtype=torch.float64))
+
+
+def _entropy(weights_K: NDArray[np.float64]) -> float:
+    probs = weights_K[weights_K > 0] / weights_K.sum()
+    return float(-(probs * np.log(probs)).sum())
