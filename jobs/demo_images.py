@@ -85,7 +85,7 @@ class TileCounts:
 
 
 def make_tiles(folder: Path, *, tile_px: int = TILE_PX, scales: tuple[int, ...] = SCALES) -> TileCounts:
-    """Write `folder`/train/<photo>/ and `folder`/heldout/<photo>/: a .jpg, a .txt and a .json for each tile."""
+    """Write `folder`/train/<photo>/ and `folder`/heldout/<photo>/: a .jpg, .txt and .json for each tile."""
     counts = {"train": 0, "heldout": 0}
     for photo in PHOTOS:
         pixels_HWC = read_picture(photograph_folder() / photo.file)

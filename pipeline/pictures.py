@@ -1,4 +1,4 @@
-"""Pictures out of arrays (tiles, labelled grids) for people to look at; decoding for tokens is images.py's."""
+"""Pictures out of arrays (tiles, labelled grids) for people to look at; decoding is images.py's."""
 
 from __future__ import annotations
 
