@@ -142,10 +142,9 @@ def _chunked_argmax(z_NC: Tensor, tables: CodeTables) -> NDArray[np.int32]:
 
 def _argmax(logits_NK: Tensor) -> NDArray[np.int32]:
     """On the CPU by numpy: 16 times faster there than torch (2.13) at 8192 codes."""
-    if logits_NK.device.type == "cpu":
-        return logits_NK.numpy().argmax(axis=1).astype(np.int32)
-    tokens_N: NDArray[np.int32] = logits_NK.argmax(dim=1).to(torch.int32).cpu().numpy()
-    return tokens_N
+    on_cpu = logits_NK.device.type == "cpu"
+    tokens_N = logits_NK.numpy().argmax(axis=1) if on_cpu else logits_NK.argmax(dim=1).cpu().numpy()
+    return np.asarray(tokens_N, dtype=np.int32)
 
 
 def _device(name: str) -> torch.device:
