@@ -36,9 +36,7 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_streams:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of data.num_streams {self.num_streams}"
-            )
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of data.num_streams {self.num_streams}")
 
     @property
     def per_stream(self) -> int:

@@ -55,9 +55,7 @@ def values_of(pixels_BHWC: NDArray[np.uint8]) -> list[int]:
     return [int(p[0, 0, 0]) + 256 * int(p[0, 0, 1]) for p in pixels_BHWC]
 
 
-def global_batches(
-    shards: list[ObjectInfo], opts: StreamOptions, world_size: int, num: int
-) -> list[list[int]]:
+def global_batches(shards: list[ObjectInfo], opts: StreamOptions, world_size: int, num: int) -> list[list[int]]:
     ranks = [TrainingSamples(shards, opts, rank=r, world_size=world_size) for r in range(world_size)]
     out = []
     for _ in range(num):
@@ -111,9 +109,7 @@ def test_resumed_at_any_position_a_stream_goes_on_as_if_never_stopped(tmp_path: 
     for _ in range(position):
         undisturbed.next_batch()
     kept = [StreamCursor.from_json(c.to_json()) for _, c in sorted(undisturbed.cursors().items())]
-    resumed = [
-        TrainingSamples(shards, options(augment="flip"), rank=r, world_size=2, cursors=kept) for r in (0, 1)
-    ]
+    resumed = [TrainingSamples(shards, options(augment="flip"), rank=r, world_size=2, cursors=kept) for r in (0, 1)]
     for _ in range(5):
         expected = undisturbed.next_batch().pixels_BHWC
         halves = [rank.next_batch().pixels_BHWC for rank in resumed]

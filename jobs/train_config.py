@@ -1,0 +1,141 @@
+"""What `dvae train` can be told, checked once at the door. configs/train.yaml shows every key.
+
+The defaults are DALL·E's (arXiv 2102.12092). Reading files and `key=value` is config.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
+from pipeline.images import Augment, ImageSpec
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Patterns = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    train_shards: Annotated[Patterns, Field(min_length=1)]
+    """Shards to learn from: URLs, globs, braces or folders."""
+    val_shards: Patterns = []
+    """Shards held out for evaluation; none of them may be among train_shards."""
+    num_streams: Positive = 8
+    """Fixed streams that feed a batch; the number of workers must divide it, so that order doesn't depend on them."""
+    shuffle_shards: Positive = 1
+    """Shards of a stream whose samples are mixed. Memory: up to 2 × this many undecoded shards a stream."""
+    augment: Augment = "dalle"
+    decode_threads: Positive = 4
+    """Of each worker."""
+    prefetch_batches: Positive = 2
+    max_failed_samples: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """The share of bad images over which training stops."""
+    max_failed_shards: NotNegative = 0
+    """The number of unreadable shards over which training stops."""
+
+
+class EvalConfig(Section):
+    every_steps: NotNegative = 5000
+    """0: never."""
+    num_images: Positive = 512
+    """The first ones of data.val_shards."""
+    batch_size: Positive = 16
+    """Of each worker."""
+    num_pictures: NotNegative = 8
+    """Images shown beside their reconstructions in pictures/."""
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive = 5000
+    keep_last: Positive = 3
+
+
+class LogConfig(Section):
+    every_steps: Positive = 100
+    """One line in metrics.jsonl, the mean over these steps."""
+    tensorboard: bool | None = None
+    """null: where the package is installed."""
+
+
+class RayConfig(Section):
+    num_workers: NotNegative = 1
+    """0: in this process, without Ray."""
+    use_gpu: bool = True
+    gpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    address: str | None = None
+    """Of a running cluster, or `auto`. null: $RAY_ADDRESS, or a cluster of this machine for this run."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts from the newest checkpoint after the loss of a worker; -1: without end."""
+    wait_s: Annotated[float, Field(ge=0)] = 300
+    """For the GPUs and CPUs asked for."""
+
+
+class TrainConfig(Section):
+    output: str
+    """The URL under which everything is written; running again with the same one resumes."""
+    data: DataConfig
+    model: DVAEConfig = DVAEConfig()
+    image: ImageSpec = ImageSpec()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    ray: RayConfig = RayConfig()
+    seed: NotNegative = 0
+    steps: Positive = 3_000_000
+    batch_size: Positive = 512
+    """Global: shared out over the workers."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: Positive = 1
+    """torch threads of each worker; another number may give other rounding."""
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _complete_ramps(cls, value: Any) -> Any:
+        """A ramp may be given in part; the rest is DALL·E's."""
+        return _onto(dataclasses.asdict(ScheduleConfig()), value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainConfig:
+        if problems := list(self._problems()):
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        data, workers = self.data, max(1, self.ray.num_workers)
+        if self.batch_size % data.num_streams:
+            yield f"batch_size {self.batch_size} is not a multiple of data.num_streams {data.num_streams}"
+        if data.num_streams % workers:
+            yield f"data.num_streams {data.num_streams} is not a multiple of ray.num_workers {workers}"
+        if self.eval.every_steps and not data.val_shards:
+            yield "data.val_shards is empty: name shards to evaluate on, or set eval.every_steps=0"
+        try:
+            self.model.grid(self.image.size)
+        except ModelError as error:
+            yield f"image.size with model.downsample: {error}"
+
+
+def _onto(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` laid over `default`, section by section."""
+    merged = dict(default)
+    for name, value in given.items():
+        below = default.get(name)
+        merged[name] = _onto(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
