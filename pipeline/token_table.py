@@ -202,6 +202,8 @@ def read_tokens(
         if limit is not None and len(rows) >= limit:
             break
         table = read_table([url], where=None if keys is None else ds.field("key").isin(list(keys)))
+        if not table.num_rows:
+            continue
         tokens_BN = table["tokens"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
         plain = table.drop_columns(["tokens"]).to_pylist()
         rows += [{**row, "tokens": tokens_N} for row, tokens_N in zip(plain, tokens_BN, strict=True)]
