@@ -81,9 +81,9 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         if not 8 <= self.size <= 4096:
-            raise ValueError(f"image.size {self.size} is not between 8 and 4096")
+            raise ValueError(f"size {self.size} is not between 8 and 4096")
         if self.version != IMAGE_SPEC_VERSION:
-            raise ValueError(f"image.version {self.version} is unknown here: this is {IMAGE_SPEC_VERSION}")
+            raise ValueError(f"version {self.version} is unknown here: this is {IMAGE_SPEC_VERSION}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,7 +110,7 @@ def decode_image(data: bytes, spec: ImageSpec) -> DecodedImage:
     """Pixels as the tokenizer wants them. Raises SampleError with its reason."""
     image = open_rgb(data)
     resized = _resize_shorter_side(_enough(image, spec), spec.size, _filter(spec))
-    left, top = (int(round((side - spec.size) / 2.0)) for side in resized.size)
+    left, top = (round((side - spec.size) / 2) for side in resized.size)
     return DecodedImage(_crop(resized, left, top, spec.size), image.width, image.height)
 
 

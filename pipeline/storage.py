@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from pipeline.errors import NoShardsMatched, StorageError
 from pipeline.records import ObjectInfo
@@ -39,7 +39,7 @@ def normalize(url: str) -> str:
     if url.startswith("file://"):
         url = url.removeprefix("file://")
     if "://" not in url:
-        return os.path.abspath(os.path.expanduser(url))
+        return os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
     return url.rstrip("/")
 
 

@@ -208,3 +208,11 @@ def read_tokens(
         plain = table.drop_columns(["tokens"]).to_pylist()
         rows += [{**row, "tokens": tokens_N} for row, tokens_N in zip(plain, tokens_BN, strict=True)]
     return rows if limit is None else rows[:limit]
+
+
+def count_errors(urls: Sequence[str]) -> dict[str, int]:
+    """Rows of the errors files by reason."""
+    if not urls:
+        return {}
+    counts = read_table(urls, ["reason"]).group_by("reason").aggregate([("reason", "count")])
+    return dict(zip(counts["reason"].to_pylist(), counts["reason_count"].to_pylist(), strict=True))

@@ -1,0 +1,41 @@
+# Everything sets itself up: Python 3.11 or newer and make are all that a machine needs.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help install demo test test-all check clean
+
+help:
+	@echo "make demo      photographs -> shards -> training -> tokens -> pictures, in ./demo-output"
+	@echo "make test      all tests but the slow ones;  make test-all: those too"
+	@echo "make check     ruff, mypy and the quick tests"
+	@echo "make install   just make .venv with .venv/bin/dvae in it"
+
+install: $(READY)
+
+# torch first and by itself: what else names torch would otherwise let pip choose another build of it.
+$(READY): pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/dvae demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-all: $(READY)
+	$(BIN)/pytest -m ''
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m quick
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,246 @@
+"""The pool of tokenising actors: hand out shards, replace the dead, wait for the unreachable, stop the hung.
+
+dispatch.py decides who gets what; this is the only place where tokenising meets Ray's handles and errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+
+from jobs.cluster import ClusterError, describe_resources
+from jobs.dispatch import Dispatch, GivenUp, Work
+from model.config import ModelError
+from pipeline.errors import PipelineError, ShardError, StorageError
+from pipeline.plan import ShardTask
+from pipeline.records import FailureReason, ImageTokenizer, ShardResult
+from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
+
+log = logging.getLogger(__name__)
+POLL_S = 0.5
+PROBE_EVERY_S = 1.0
+SAY_WAITING_EVERY_S = 10.0
+MAX_FAILED_STARTS = 3  # of one slot, in a row
+SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
+_REASONS = {
+    "truncated": FailureReason.SHARD_TRUNCATED,
+    "damaged": FailureReason.SHARD_DAMAGED,
+    "unreadable": FailureReason.SHARD_UNREADABLE,
+}
+
+
+class Source(Protocol):
+    """Where an actor gets its tokenizer from."""
+
+    def load(self) -> ImageTokenizer: ...
+
+
+class TokenizeActor:
+    """The worker, made remote. Loading is a call of its own, so that its errors arrive as they are."""
+
+    def __init__(self, source: Source, job: TokenizeJob) -> None:
+        self._source, self._job = source, job
+        self._worker: TokenizeWorker | None = None
+
+    def load(self) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._worker = TokenizeWorker(self._source.load(), self._job)
+
+    def tokenize(self, task: ShardTask) -> ShardResult:
+        assert self._worker is not None, "load comes first"
+        return self._worker.tokenize(task)
+
+    def ping(self) -> None:
+        """Answers when the actor can be reached."""
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    num_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    shards_in_flight: int
+    wait_s: float
+    shard_deadline_s: float
+
+
+@dataclass
+class _Slot:
+    """One place in the pool; its actor may be replaced. `ready` once loaded and while it can be reached."""
+
+    name: str
+    actor: Any
+    ready: bool = False
+    failed_starts: int = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    slot: _Slot
+    actor: Any
+    work: Work | None  # None: a load or a ping
+    started: float
+
+
+class ActorPool:
+    """Runs the shards of a Dispatch. Close it, or use it in a `with`."""
+
+    def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings, dispatch: Dispatch) -> None:
+        self._source, self._job, self._settings, self._dispatch = source, job, settings, dispatch
+        self._calls: dict[Any, _Call] = {}
+        self._probe_at: dict[str, float] = {}
+        self._remote = ray.remote(
+            num_gpus=settings.gpus_per_actor,
+            num_cpus=settings.cpus_per_actor,
+            max_concurrency=settings.shards_in_flight + 1,
+        )(TokenizeActor)
+        self._slots = [_Slot(f"actor-{n}", None) for n in range(settings.num_actors)]
+        self._waiting_since = time.monotonic()
+        self._said_waiting = self._waiting_since
+
+    def __enter__(self) -> ActorPool:
+        for slot in self._slots:
+            self._start(slot)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self._slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor)
+
+    @property
+    def num_ready(self) -> int:
+        return sum(slot.ready for slot in self._slots)
+
+    def run(self) -> Iterator[ShardResult | GivenUp]:
+        """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, and what
+        the tokenizer's loading raises."""
+        while not self._dispatch.finished:
+            self._hand_out()
+            done, _ = ray.wait(list(self._calls), timeout=POLL_S)
+            for ref in done:
+                yield from self._finish(ref, self._calls.pop(ref))
+            yield from self._stop_hung()
+            self._probe_unreachable()
+            self._check_waiting()
+
+    def _start(self, slot: _Slot) -> None:
+        slot.actor, slot.ready = self._remote.remote(self._source, self._job), False
+        self._call(slot, slot.actor.load.remote(), None)
+
+    def _call(self, slot: _Slot, ref: Any, work: Work | None) -> None:
+        self._calls[ref] = _Call(slot, slot.actor, work, time.monotonic())
+
+    def _hand_out(self) -> None:
+        given = True
+        while given:  # a shard to each actor in turn, so that few shards spread over all
+            given = False
+            for slot in self._slots:
+                if slot.ready and (work := self._dispatch.next_for(slot.name)) is not None:
+                    self._call(slot, slot.actor.tokenize.remote(work.task), work)
+                    given = True
+
+    def _finish(self, ref: Any, call: _Call) -> Iterator[ShardResult | GivenUp]:
+        if call.actor is not call.slot.actor or self._is_forgotten(call):
+            return  # the last words of an actor that was replaced, or of a call that was given back
+        try:
+            result = ray.get(ref)
+        except ActorUnavailableError as error:
+            yield from self._unreachable(call, error)
+        except RayTaskError as error:
+            yield from self._raised(call, error)
+        except RayError as error:
+            yield from self._died(call.slot, str(error).strip().splitlines()[0])
+        else:
+            call.slot.ready, call.slot.failed_starts = True, 0
+            if call.work is not None:
+                self._dispatch.done(call.slot.name, call.work)
+                yield _with_attempts(result, call.work)
+
+    def _is_forgotten(self, call: _Call) -> bool:
+        return call.work is not None and call.work not in self._dispatch.held_by(call.slot.name)
+
+    def _raised(self, call: _Call, error: RayTaskError) -> Iterator[GivenUp]:
+        cause = error.cause
+        if call.work is None:
+            if isinstance(cause, PipelineError | ModelError):
+                raise cause
+            raise ClusterError(f"an actor could not load its tokenizer: {type(cause).__name__}: {cause}") from error
+        message = f"{type(cause).__name__}: {cause}"
+        log.warning("%s failed (attempt %d): %s", call.work.task.shard.url, call.work.charged + 1, message)
+        given_up = self._dispatch.failed(call.slot.name, call.work, _reason(cause), message)
+        if given_up is not None:
+            yield given_up
+
+    def _died(self, slot: _Slot, message: str, culprits: tuple[Work, ...] = ()) -> Iterator[GivenUp]:
+        reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
+        held = ", ".join(work.task.shard.url for work in self._dispatch.held_by(slot.name)) or "no shard"
+        log.warning("%s is replaced while it held %s: %s", slot.name, held, message)
+        if not slot.ready:
+            slot.failed_starts += 1
+            if slot.failed_starts >= MAX_FAILED_STARTS:
+                raise ClusterError(f"{slot.name} died {slot.failed_starts} times while it started: {message}")
+        yield from self._dispatch.actor_lost(slot.name, reason, message, culprits)
+        self._probe_at.pop(slot.name, None)
+        self._start(slot)
+
+    def _unreachable(self, call: _Call, error: RayError) -> Iterator[GivenUp]:
+        if call.slot.ready:
+            log.warning("%s cannot be reached: %s", call.slot.name, str(error).splitlines()[0])
+        call.slot.ready = False
+        self._probe_at[call.slot.name] = time.monotonic() + PROBE_EVERY_S
+        yield from self._dispatch.actor_away(call.slot.name)
+
+    def _probe_unreachable(self) -> None:
+        for slot in self._slots:
+            if time.monotonic() >= self._probe_at.get(slot.name, float("inf")):
+                del self._probe_at[slot.name]
+                self._call(slot, slot.actor.ping.remote(), None)
+
+    def _stop_hung(self) -> Iterator[GivenUp]:
+        """Kill an actor that holds a shard past its deadline; the hung shard is charged, its neighbours are not."""
+        before = time.monotonic() - self._settings.shard_deadline_s
+        hung = [c for c in self._calls.values() if c.work is not None and c.started < before and not self._is_stale(c)]
+        for slot in {call.slot.name: call.slot for call in hung}.values():
+            culprits = tuple(call.work for call in hung if call.slot is slot and call.work is not None)
+            ray.kill(slot.actor)
+            yield from self._died(slot, f"no result after {self._settings.shard_deadline_s:.0f} s", culprits)
+
+    def _is_stale(self, call: _Call) -> bool:
+        return call.actor is not call.slot.actor or self._is_forgotten(call)
+
+    def _check_waiting(self) -> None:
+        """Say what is waited for, and give up after a stated time without a single actor."""
+        now = time.monotonic()
+        if self.num_ready:
+            self._waiting_since = now
+            return
+        wanted = f"{self._settings.num_actors} actors of {self._settings.cpus_per_actor:g} CPU"
+        wanted += f" and {self._settings.gpus_per_actor:g} GPU" if self._settings.gpus_per_actor else ""
+        if now - self._waiting_since > self._settings.wait_s:
+            raise ClusterError(
+                f"no actor could start within {self._settings.wait_s:.0f} s (ray.wait_s): asked for {wanted}; the "
+                f"cluster has {describe_resources()}; add nodes, or lower ray.gpus_per_actor or ray.cpus_per_actor"
+            )
+        if now - self._said_waiting > SAY_WAITING_EVERY_S:
+            self._said_waiting = now
+            log.warning("waiting for %s; the cluster has %s", wanted, describe_resources())
+
+
+def _reason(cause: Exception) -> FailureReason:
+    if isinstance(cause, ShardError):
+        return _REASONS[cause.reason]
+    if isinstance(cause, StorageError | OSError):
+        return FailureReason.SHARD_UNREADABLE
+    return FailureReason.SHARD_CRASHED
+
+
+def _with_attempts(result: ShardResult, work: Work) -> ShardResult:
+    return replace(result, attempts=work.charged + 1)

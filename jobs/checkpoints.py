@@ -1,0 +1,107 @@
+"""Checkpoints by URL: what one is (read without torch), and the weights (with it)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.config import DVAEConfig, ModelError
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.images import ImageSpec
+
+if TYPE_CHECKING:
+    from model.tokenizer import DVAETokenizer
+
+RECORD = "checkpoint.json"
+TRAINED_MODEL = "model"  # where `dvae train` puts the finished model below its output
+
+
+class CheckpointNotFound(PipelineError):
+    """There is no checkpoint at that URL."""
+
+
+@dataclass(frozen=True)
+class CheckpointHead:
+    """What the driver must know of a checkpoint; the weights are checked against it where they are loaded."""
+
+    url: str
+    tokenizer_id: str
+    grid: tuple[int, int]
+    codebook_size: int
+    image_spec: dict[str, Any]
+    step: int
+
+
+def find_checkpoint(url: str) -> str:
+    """The checkpoint at `url`: itself, the finished model of a training output, or its newest whole checkpoint.
+    Raises CheckpointNotFound naming what was looked for."""
+    url = storage.normalize(url)
+    candidates = [url, storage.join(url, TRAINED_MODEL)]
+    for candidate in candidates:
+        if storage.exists(storage.join(candidate, RECORD)):
+            return candidate
+    folder = storage.join(url, "checkpoints")
+    records = [info.url for info in storage.list_files(folder) if storage.base_name(info.url) == RECORD]
+    if records:
+        return max(records).rpartition("/")[0]
+    raise CheckpointNotFound(
+        f"no checkpoint at {storage.public_url(url)}: looked for {RECORD} there, in {TRAINED_MODEL}/ and in "
+        "checkpoints/*/; name a folder that `dvae train` wrote"
+    )
+
+
+def read_head(url: str) -> CheckpointHead:
+    """Raises CheckpointNotFound, or ModelError when what is there is no checkpoint of ours."""
+    found = find_checkpoint(url)
+    try:
+        record = json.loads(storage.read_bytes(storage.join(found, RECORD)))
+        config = DVAEConfig.from_json(record["model"])
+        image_spec = ImageSpec.from_json(record["image_spec"])
+        grid = config.grid(image_spec.size)
+        return CheckpointHead(
+            found, str(record["tokenizer_id"]), grid, config.codebook_size, record["image_spec"], int(record["step"])
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{found}/{RECORD} is no checkpoint of ours ({type(error).__name__}: {error})") from error
+
+
+def file_reader(url: str) -> Callable[[str], bytes]:
+    """`read(name)` for model.checkpoint.read_checkpoint."""
+    return lambda name: storage.read_bytes(storage.join(url, name))
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """How a worker gets its tokenizer; small, so that it travels instead of the weights."""
+
+    checkpoint: str
+    device: str
+    precision: str
+    batch_size: int
+    threads: int
+
+    def numerics(self) -> dict[str, Any]:
+        """As DVAETokenizer.numerics, known before anything is loaded."""
+        return {
+            "device": self.device,
+            "precision": self.precision,
+            "compiled": False,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+        }
+
+    def load(self) -> DVAETokenizer:
+        from model.checkpoint import read_checkpoint
+        from model.tokenizer import DVAETokenizer
+
+        checkpoint = read_checkpoint(file_reader(self.checkpoint))
+        return DVAETokenizer(
+            checkpoint,
+            device=self.device,
+            precision=self.precision,  # type: ignore[arg-type]  # checked by TokenizeConfig
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )

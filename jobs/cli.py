@@ -1,0 +1,161 @@
+"""The `dvae` command. Each subcommand imports its job when it runs, so that `dvae --help` takes no time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train a dVAE with Ray and turn image sets of any size into tokens.",
+)
+Config = Annotated[str, typer.Argument(help="a YAML file (any URL)", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of it", metavar="[KEY=VALUE]...")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@app.command()
+def pack(
+    folder: Annotated[str, typer.Argument(help="folder of images, sub-folders too")],
+    out: Annotated[str, typer.Argument(help="URL or folder for the shards")],
+    shard_mb: Annotated[int, typer.Option(help="largest size of a shard, in MB", min=1)] = 256,
+    shard_samples: Annotated[int, typer.Option(help="most images in a shard", min=1)] = 10_000,
+    prefix: Annotated[str, typer.Option(help="shards are named PREFIX-000000.tar")] = "images",
+) -> int:
+    """Pack a folder of images, captions (.txt) and metadata (.json) into WebDataset shards."""
+    from jobs.pack_folder import run_pack
+
+    return run_pack(folder, out, shard_bytes=shard_mb << 20, shard_samples=shard_samples, prefix=prefix)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> int:
+    """Train a dVAE; the same command again resumes."""
+    from jobs.config import load_config
+    from jobs.train_config import TrainConfig
+    from jobs.train_dvae import run_training
+
+    return run_training(load_config(TrainConfig, config, overrides or ()), _command())
+
+
+@app.command()
+def tokenize(config: Config, overrides: Overrides = None) -> int:
+    """Tokenise shards into Parquet; the same command again resumes."""
+    from jobs.config import load_config
+    from jobs.tokenize_config import TokenizeConfig
+    from jobs.tokenize_dataset import run_tokenize
+
+    return run_tokenize(load_config(TokenizeConfig, config, overrides or ()), _command())
+
+
+@app.command()
+def status(output: Annotated[str, typer.Argument(help="output of dvae tokenize")], as_json: AsJson = False) -> int:
+    """How far a tokenising run is, how fast, what failed and why. Reads storage only."""
+    from jobs.status import run_status
+
+    return run_status(output, as_json=as_json)
+
+
+@app.command()
+def show(
+    output: Annotated[str, typer.Argument(help="output of dvae tokenize")],
+    checkpoint: Annotated[str, typer.Option(help="the checkpoint that made the tokens")],
+    keys: Annotated[str | None, typer.Option(help="comma-separated keys; the first images without it")] = None,
+    limit: Annotated[int, typer.Option(help="most images", min=1)] = 16,
+    png: Annotated[str, typer.Option(help="the picture to write")] = "contact-sheet.png",
+) -> int:
+    """Decode tokens back into a contact sheet: original | from tokens."""
+    from jobs.show import run_show
+
+    return run_show(output, checkpoint, keys=keys.split(",") if keys else None, limit=limit, png=png)
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Option("--dir", help="where everything lands")] = "demo-output",
+) -> int:
+    """Photographs -> shards -> training -> tokens -> queries and pictures, on this machine."""
+    from jobs.demo import run_demo
+
+    return run_demo(folder)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    job: Annotated[str, typer.Argument(help="train or tokenize", metavar="train|tokenize")],
+    config: Config,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="the cluster's dashboard; $RAY_API_SERVER_ADDRESS without it")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="do not follow the logs")] = False,
+) -> int:
+    """Send a train or tokenize job to a Ray cluster and follow its logs."""
+    from jobs.submit import run_submit
+
+    return run_submit(job, config, overrides or [], address=address, follow=not no_wait)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: the exit codes of the design, one clear message for what is wrong with the world."""
+    logging.basicConfig(
+        level=os.environ.get("DVAE_LOG", "INFO").upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_run(lambda: app(args=arguments, standalone_mode=False)))
+
+
+def _run(command: Callable[[], Any]) -> int:
+    from model.config import ModelError
+    from pipeline.errors import PipelineError
+
+    try:
+        return int(command() or 0)
+    except (PipelineError, ModelError) as error:
+        _say(f"dvae: {error}")
+        return int(getattr(error, "exit_code", 2))
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _say(f"dvae: stopped; to go on:\n  {_command()}")
+        return 130
+    except Exception as error:
+        if not _is_usage(error):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        return 2
+
+
+def _is_usage(error: Exception) -> bool:
+    """Click's own errors, whichever click Typer brings."""
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _command() -> str:
+    """The line that was typed, to be typed again."""
+    return shlex.join(["dvae", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

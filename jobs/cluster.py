@@ -1,0 +1,50 @@
+"""Joining or starting a Ray cluster, and what it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+# Ray says at every start that it guards its own cluster with a token, which asks nothing of anybody.
+logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own: only small results pass through it
+
+
+class ClusterError(PipelineError):
+    """The cluster cannot be reached, or lacks what was asked for."""
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Inside, Ray is there: the cluster at `address` (or $RAY_ADDRESS), else one of our own on this machine, which
+    ends with the block. A Ray that was there before is used and left alone. Raises ClusterError."""
+    if ray.is_initialized():
+        yield
+        return
+    _connect(address or os.environ.get("RAY_ADDRESS") or "local")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    # `local` and not None: a killed head leaves a file that makes a plain ray.init join a dead cluster.
+    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {error}; set ray.address, or leave it out") from error
+
+
+def describe_resources() -> str:
+    """What the cluster has and what of it is free, for messages."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU"))

@@ -1,0 +1,115 @@
+"""YAML files, environment and `key.sub=value` overrides -> checked settings. Knows no job's fields.
+
+Every problem is reported at once, each with the field, the value and the rule, before Ray starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import storage
+from pipeline.errors import PipelineError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+class ConfigError(PipelineError):
+    """A configuration file or override is wrong; the message lists every problem."""
+
+
+class Section(BaseModel):
+    """Base of every settings section: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def load_config(kind: type[Settings], path: str | None, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of `path` with `key.sub=value` overrides on top. Raises ConfigError."""
+    values = OmegaConf.create({}) if path is None else _read(path)
+    try:
+        merged = OmegaConf.merge(values, OmegaConf.from_dotlist([_checked(o) for o in overrides]))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path or 'overrides'}: {error}") from error
+    return check(kind, plain, path or "the command line")
+
+
+def check(kind: type[Settings], values: Any, source: str) -> Settings:
+    """`values` as `kind`. Raises ConfigError listing every problem."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        known = sorted(_known_keys(kind))
+        problems = [_problem(dict(one), known) for one in error.errors()]
+        raise ConfigError(f"{source}: " + "\n  ".join(["", *problems]).lstrip(" ")) from error
+
+
+def _read(path: str) -> Any:
+    try:
+        return OmegaConf.create(storage.read_bytes(path).decode())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such configuration file{_similar_files(path)}") from error
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML file: {error}") from error
+    except yaml.YAMLError as error:
+        quoted = "; a value with {…} inside […] needs quotes" if "{" in storage.read_bytes(path).decode() else ""
+        raise ConfigError(f"{path} is no valid YAML{quoted}: {error}") from error
+
+
+def _similar_files(path: str) -> str:
+    if not storage.is_local(path) or not Path(path).parent.is_dir():
+        return ""
+    names = [p.name for p in Path(path).parent.iterdir()]
+    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f"; did you mean {Path(path).with_name(close[0])}?" if close else ""
+
+
+def _checked(override: str) -> str:
+    key, equals, _ = override.partition("=")
+    if not key or not equals:
+        raise ConfigError(f"{override!r} is no override: write key=value or key.sub=value")
+    return override
+
+
+def _problem(error: dict[str, Any], known: Sequence[str]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in _UNKNOWN:
+        close = difflib.get_close_matches(key, known, n=1) or _same_last_name(key, known)
+        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    shown = error["input"]
+    return f"{key or 'settings'}: {message}" + ("" if isinstance(shown, dict) else f" (got {shown!r})")
+
+
+def _same_last_name(key: str, known: Sequence[str]) -> list[str]:
+    last_names = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(key.rpartition(".")[2], last_names, n=1)
+    return [last_names[name] for name in close]
+
+
+def _known_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a model and of the sections and dataclasses in it."""
+    for name, annotation in _annotations(kind):
+        yield prefix + name
+        for part in (annotation, *get_args(annotation)):
+            yield from _known_keys(part, f"{prefix}{name}.")
+
+
+def _annotations(kind: Any) -> list[tuple[str, Any]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [(field.alias or name, field.annotation) for name, field in kind.model_fields.items()]
+    if isinstance(kind, type) and is_dataclass(kind):
+        return [(field.name, field.type) for field in fields(kind)]
+    return []
