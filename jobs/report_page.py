@@ -1,0 +1,90 @@
+"""One self-contained HTML page from plain values: everything escaped, pictures inlined, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.errors import PipelineError
+
+TEMPLATE = "report_page.html"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that must hold, and what was found."""
+
+    claim: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class TilePair:
+    png: bytes  # original and reconstruction side by side
+    caption: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    note: str = ""
+    sql: str = ""
+    numbers: frozenset[int] = frozenset()  # columns set flush right
+
+
+@dataclass(frozen=True)
+class Snippet:
+    name: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    subtitle: str
+    figures: tuple[Figure, ...]
+    checks: tuple[Check, ...]
+    tiles: tuple[TilePair, ...]
+    tiles_note: str
+    charts: tuple[Chart, ...]
+    tables: tuple[Table, ...]
+    snippets: tuple[Snippet, ...]
+    reading_note: str = field(default="")
+
+    @property
+    def failed(self) -> int:
+        return sum(not check.passed for check in self.checks)
+
+
+def render(report: Report) -> str:
+    """The page as HTML text."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise PipelineError("the report page needs jinja2: pip install 'dvae-ray[demo]'") from error
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["b64"] = lambda data: base64.b64encode(data).decode("ascii")
+    template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
+    values = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    return template.render(values, failed=report.failed)
