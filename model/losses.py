@@ -31,7 +31,7 @@ def unmap_pixels(x: Tensor) -> Tensor:
 
 def reconstruction(stats_BCHW: Tensor) -> Tensor:
     """The decoder's six channels → (B, 3, H, W) in [0, 1]."""
-    return unmap_pixels(torch.sigmoid(stats_BCHW[:, :3].float()))
+    return unmap_pixels(torch.sigmoid(stats_BCHW[:, :3]))
 
 
 def to_uint8(x_BCHW: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def loss_parts(
 
 def negative_log_likelihood(stats_BCHW: Tensor, x_BCHW: Tensor, config: LossConfig) -> Tensor:
     """(B,): summed over an image's values. `l2` and `l1` have neither constants nor log-scales."""
-    mean_BCHW, log_scale_BCHW = stats_BCHW.float().chunk(2, dim=1)
+    mean_BCHW, log_scale_BCHW = stats_BCHW.chunk(2, dim=1)
     if config.likelihood == "logit_laplace":
         return logit_laplace_nats(x_BCHW, mean_BCHW, log_scale_BCHW).flatten(1).sum(dim=1)
     error_BCHW = x_BCHW - torch.sigmoid(mean_BCHW)
@@ -77,5 +77,5 @@ def logit_laplace_nats(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 def kl_to_uniform(logits_NK: Tensor) -> Tensor:
     """(N,): Σ π ln π + ln K, from the noiseless logits."""
-    log_probs_NK = F.log_softmax(logits_NK.float(), dim=-1)
+    log_probs_NK = F.log_softmax(logits_NK, dim=-1)
     return (log_probs_NK.exp() * log_probs_NK).sum(dim=-1) + math.log(logits_NK.shape[-1])
