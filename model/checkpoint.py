@@ -24,6 +24,7 @@ from model.dvae import DVAE
 FORMAT = "dvae-checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS, TRAINING, RECORD = "model.safetensors", "training.safetensors", "checkpoint.json"
+RECORD_FIELDS = {"model": dict, "image_spec": dict, "step": int, "tokenizer_id": str, "files": dict, "extra": dict}
 # What of the architecture decides tokens; a decoder may change without changing them.
 ENCODER_FIELDS = ("codebook_size", "downsample", "width", "blocks_per_group", "head", "code_dim", "stem")
 
@@ -121,6 +122,9 @@ def _read_record(read: Callable[[str], bytes]) -> dict[str, Any]:
     stated = record.pop("record_sha256", None)
     if stated != _sha256(_canonical(record)):
         raise CheckpointError(f"{RECORD} was changed after it was written: its record_sha256 does not match")
+    for name, kind in RECORD_FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            raise CheckpointError(f"{RECORD} has {name} {record.get(name)!r}; it must be a {kind.__name__}")
     return record
 
 

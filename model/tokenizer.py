@@ -150,6 +150,8 @@ def _argmax(logits_NK: Tensor) -> NDArray[np.int32]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} must be auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {name!r} was asked for, but torch sees no CUDA device")
     return torch.device(name)
