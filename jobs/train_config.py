@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from jobs.config import Section
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
 from pipeline.images import Augment, ImageSpec
 
@@ -25,14 +26,10 @@ def _as_list(value: object) -> object:
 Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
 class DataConfig(Section):
     train_shards: Annotated[Patterns, Field(min_length=1)]
     """Shards to learn from: URLs, globs, braces or folders."""
-    val_shards: Patterns = []
+    val_shards: Patterns = Field(default=[])
     """Shards held out for evaluation; none of them may be among train_shards."""
     num_streams: Positive = 8
     """Fixed streams that feed a batch; the number of workers must divide it, so that order doesn't depend on them."""

@@ -1,0 +1,95 @@
+"""`dvae train`, the driver's side: check, find what is left to do, run it here or on Ray, say how it ended."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from jobs.train_config import TrainConfig
+from jobs.train_output import TrainOutput, claim, identity
+from jobs.train_progress import Status, StepProgress, stop_signals
+from jobs.train_tensorboard import wants_events
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.lease import Lease
+from pipeline.output import OutputPrefix
+from pipeline.records import ObjectInfo
+
+if TYPE_CHECKING:
+    from jobs.train_worker import Ending, TrainJob
+
+FINISHED, STOPPED = 0, 130  # exit codes; an error brings its own
+
+
+class TrainedOnHeldOut(PipelineError):
+    """A shard is in both lists."""
+
+
+def run_training(config: TrainConfig, command: str) -> int:
+    """Train until config.steps, from wherever the output is. The exit code; `command` is the line to run again.
+    Raises PipelineError (with an exit code of its own) and ModelError."""
+    output = TrainOutput(storage.normalize(config.output))
+    config = config.model_copy(update={"output": output.url})  # workers have another working directory
+    wants_events(config.log.tensorboard)
+    train, val = _shards(config)
+    claim(output, identity(config, train, val))
+    console = Console(soft_wrap=True, highlight=False)
+    done = output.finished_step()
+    if done is not None and done >= config.steps:
+        console.print(f"nothing to do: all {done} steps are done; the model is in {escape(output.model_folder())}")
+        return FINISHED
+    with Lease(OutputPrefix(output.url)):
+        storage.remove_temporaries(output.url)
+        ending = _train(config, train, val)
+    if ending == "stopped":
+        console.print(f"[yellow]stopped[/]; go on with\n  {escape(command)}")
+        return STOPPED
+    console.print(f"[green]done[/]: {config.steps} steps; the model is in {escape(output.model_folder())}")
+    return FINISHED
+
+
+def _shards(config: TrainConfig) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    train, val = storage.expand(config.data.train_shards), storage.expand(config.data.val_shards)
+    if both := {shard.url for shard in train} & {shard.url for shard in val}:
+        raise TrainedOnHeldOut(
+            f"{min(both)} is in data.train_shards and in data.val_shards: train on it or hold it out"
+        )
+    return train, val
+
+
+def _train(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> Ending:
+    from jobs.train_worker import TrainJob  # torch and Ray are imported only where there is work
+
+    job = TrainJob(config, tuple(train), tuple(val))
+    if config.ray.num_workers == 0:
+        return _train_here(job)
+    from jobs.train_ray import train_on_ray
+
+    return train_on_ray(job)
+
+
+def _train_here(job: TrainJob) -> Ending:
+    """The same loop, in this process."""
+    from jobs.train_ranks import Ranks
+    from jobs.train_worker import train
+
+    ranks = Ranks.join(use_gpu=job.config.ray.use_gpu, threads=job.config.threads)
+    with closing(StepProgress(job.config.steps)) as progress, stop_signals() as stop:
+        return train(job, ranks, HereDriver(progress, stop))
+
+
+@dataclass(frozen=True)
+class HereDriver:
+    """The driver, as the loop in its own process sees it."""
+
+    progress: StepProgress
+    stop: threading.Event
+
+    def report(self, status: Status) -> bool:
+        self.progress.show(status)
+        return self.stop.is_set()

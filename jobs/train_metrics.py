@@ -1,0 +1,85 @@
+"""The figures of a run, gathered over workers and steps, and published under its output.
+
+A figure of a training line is the mean over the steps since the last line, each the mean over the workers. The
+same numbers come out after a kill: what a line still waits for is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jobs.train_output import TrainOutput
+from jobs.train_ranks import Ranks
+from jobs.train_tensorboard import event_file
+from pipeline.pictures import encode_png
+
+# H W pixel rows and columns, C = 3 colours
+
+CLOCK_FIELDS = ("unix_s", "images_per_s")  # the only ones that differ from one run to the next
+Figures = dict[str, float]
+
+
+class Window:
+    """Figures of the steps since the last training line."""
+
+    def __init__(self, ranks: Ranks, rows: Iterable[Figures] = ()) -> None:
+        self._ranks, self._agreed = ranks, list(rows)
+        self._own: list[Figures] = []
+
+    def add(self, figures: Figures) -> None:
+        self._own.append(figures)
+
+    def rows(self) -> list[Figures]:
+        """Of each step the mean over the workers. All ranks must call it."""
+        shares = self._ranks.gather(self._own)
+        self._agreed += [_mean(rows) for rows in zip(*shares, strict=True)]
+        self._own = []
+        return self._agreed
+
+    def close(self) -> Figures:
+        """The mean over the steps; the next window begins. All ranks must call it."""
+        mean = _mean(self.rows())
+        self._agreed = []
+        return mean
+
+
+def _mean(rows: Iterable[Figures]) -> Figures:
+    """Added up one after the other, so that it is the same however the sum was interrupted."""
+    rows = list(rows)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+class Journal:
+    """metrics.jsonl and TensorBoard's events; rank 0's. Lines after the step from which a run goes on are dropped."""
+
+    def __init__(self, output: TrainOutput, step: int, *, events: bool) -> None:
+        output.forget_after(step)
+        kept = output.read_metrics()
+        self._output, self._events = output, events
+        self._lines = [line for line in kept if line["step"] <= step]
+        self._num_published = len(self._lines)
+        if len(self._lines) < len(kept):
+            output.write_metrics(self._lines)
+
+    def add(self, kind: str, step: int, figures: dict[str, Any]) -> None:
+        self._lines.append({"kind": kind, "step": step, **figures, "unix_s": round(time.time(), 3)})
+
+    def last(self, kind: str, name: str) -> float | None:
+        return next((line[name] for line in reversed(self._lines) if line["kind"] == kind), None)
+
+    def publish(self, step: int, picture_HWC: np.ndarray | None = None) -> None:
+        """Write what is new; nothing where nothing is."""
+        new = self._lines[self._num_published :]
+        if not new:
+            return
+        png = None if picture_HWC is None else encode_png(picture_HWC)
+        if png is not None:
+            self._output.save_picture(step, png)
+        if self._events:
+            self._output.save_events(step, event_file(new, png))
+        self._output.write_metrics(self._lines)
+        self._num_published = len(self._lines)

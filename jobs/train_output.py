@@ -1,0 +1,159 @@
+"""What a training run leaves under its output URL, and how it is found again. Neither torch nor Ray.
+
+run.json            what this run is; written first. Another model, data or seed in the same output is refused
+checkpoints/step-00001000/      to resume from; checkpoint.json comes last and says that the rest is whole
+metrics.jsonl       published whole at each evaluation and checkpoint (object stores cannot append)
+pictures/step-00001000.png      original | soft | hard
+tensorboard/        one events file for each publication of the metrics
+model/              the finished model, for `dvae tokenize`; its checkpoint.json is the end of the run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.checkpoints import RECORD, TRAINED_MODEL
+from jobs.train_config import TrainConfig
+from pipeline import storage
+from pipeline.errors import RunMismatch, StorageError
+from pipeline.records import ObjectInfo
+
+RUN_FORMAT = 1
+Line = dict[str, Any]  # of metrics.jsonl
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_in(url: str) -> int | None:
+    match = _STEP.search(url.rpartition("/")[2]) or _STEP.search(url)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """The files of one training run. Only rank 0 and the driver write."""
+
+    url: str
+
+    def file(self, *names: str) -> str:
+        return storage.join(self.url, *names)
+
+    def model_folder(self) -> str:
+        return self.file(TRAINED_MODEL)
+
+    def newest_checkpoint(self) -> str | None:
+        """The URL of the whole checkpoint with the highest step."""
+        whole = self._whole_checkpoints()
+        return whole[max(whole)] if whole else None
+
+    def save_checkpoint(self, step: int, files: Mapping[str, bytes], keep_last: int) -> None:
+        """Publish in the order given, the record last; then remove all but the newest `keep_last`."""
+        self._publish(self.file("checkpoints", step_name(step)), files)
+        for old in sorted(self._whole_checkpoints())[:-keep_last]:
+            self._remove_checkpoint(old)
+
+    def save_model(self, files: Mapping[str, bytes]) -> None:
+        self._publish(self.model_folder(), files)
+
+    def finished_step(self) -> int | None:
+        """How many steps the finished model has; None while there is none."""
+        record = _read_json(self.file(TRAINED_MODEL, RECORD))
+        return None if record is None else int(record["step"])
+
+    def read_metrics(self) -> list[Line]:
+        try:
+            data = storage.read_bytes(self.file("metrics.jsonl"))
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in data.splitlines()]
+
+    def write_metrics(self, lines: Iterable[Line]) -> None:
+        storage.publish(self.file("metrics.jsonl"), b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+
+    def save_picture(self, step: int, png: bytes) -> None:
+        storage.publish(self.file("pictures", f"{step_name(step)}.png"), png)
+
+    def save_events(self, step: int, events: bytes) -> None:
+        storage.publish(self.file("tensorboard", f"events.out.tfevents.{step_name(step)}"), events)
+
+    def forget_after(self, step: int) -> None:
+        """Remove what a killed run published after the checkpoint from which it goes on: it comes again."""
+        for folder in ("pictures", "tensorboard"):
+            for info in storage.list_files(self.file(folder)):
+                if (_step_in(info.url) or 0) > step:
+                    storage.remove(info.url)
+
+    def _publish(self, folder: str, files: Mapping[str, bytes]) -> None:
+        storage.remove(storage.join(folder, RECORD))  # never an old record beside new files
+        for name, data in files.items():
+            storage.publish(storage.join(folder, name), data)
+
+    def _whole_checkpoints(self) -> dict[int, str]:
+        urls = (info.url for info in storage.list_files(self.file("checkpoints")))
+        folders = (url.rpartition("/")[0] for url in urls if storage.base_name(url) == RECORD)
+        return {step: folder for folder in folders if (step := _step_in(folder)) is not None}
+
+    def _remove_checkpoint(self, step: int) -> None:
+        """The record first: what is left of a half removed one is no checkpoint."""
+        folder = self.file("checkpoints", step_name(step))
+        storage.remove(storage.join(folder, RECORD))
+        for info in storage.list_files(folder):
+            storage.remove(info.url)
+
+
+def identity(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> dict[str, Any]:
+    """What the weights depend on, by dotted name. (Steps may grow; workers, and what is logged, may change.)"""
+    settings = config.model_dump(mode="json")
+    kept = ("model", "image", "loss", "optim", "schedule", "seed", "batch_size", "precision")
+    order = {name: settings["data"][name] for name in ("num_streams", "shuffle_shards", "augment")}
+    shards = {"train_shards": _fingerprint(train), "val_shards": _fingerprint(val)}
+    return _flat({**{name: settings[name] for name in kept}, "data": {**order, **shards}})
+
+
+def claim(output: TrainOutput, mine: dict[str, Any]) -> None:
+    """Write run.json, or check that it describes this run. Raises RunMismatch naming the field and both values."""
+    stored = _read_json(output.file("run.json"))
+    if stored is None:
+        record = {"kind": "train", "format": RUN_FORMAT, "identity": mine}
+        storage.publish(output.file("run.json"), json.dumps(record, indent=2).encode())
+        return
+    if stored.get("kind") != "train" or stored.get("format") != RUN_FORMAT:
+        raise RunMismatch(f"{output.url} holds a run of another kind, not of `dvae train`; choose another output")
+    theirs = stored["identity"]
+    for name in [*mine, *(name for name in theirs if name not in mine)]:
+        if mine.get(name) != theirs.get(name):
+            raise RunMismatch(
+                f"{output.url} holds another run: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here; "
+                "choose another output, or go back to the settings of that run"
+            )
+
+
+def _read_json(url: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(storage.read_bytes(url)))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StorageError(f"{url} is damaged: {error}") from error
+
+
+def _fingerprint(shards: list[ObjectInfo]) -> str:
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{storage.public_url(shard.url)} {shard.size_bytes}\n".encode())
+    return f"{len(shards)} shards, {sum(s.size_bytes for s in shards)} bytes, sha256 {digest.hexdigest()[:16]}"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, each in value.items():
+        flat |= _flat(each, f"{prefix}{name}.") if isinstance(each, dict) else {prefix + name: each}
+    return flat

@@ -1,0 +1,100 @@
+"""Between rank 0 and the driver: how far training is, what went wrong, and the wish to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from jobs.progress import JobProgress
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Status:
+    """What rank 0 says about once a second."""
+
+    step: int
+    loss: float | None = None
+    images_per_s: float = 0.0
+    psnr_hard: float | None = None
+    num_bad_images: int = 0
+
+    def __str__(self) -> str:
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        parts.append(f"{self.images_per_s:.0f} images/s")
+        if self.psnr_hard is not None:
+            parts.append(f"PSNR {self.psnr_hard:.2f} dB")
+        if self.num_bad_images:
+            parts.append(f"{self.num_bad_images} bad images")
+        return ", ".join(parts)
+
+
+class TrainingFailed(PipelineError):
+    """Training ended before its last step, and starting again by itself would only repeat it."""
+
+    exit_code = 1
+
+
+@dataclass
+class Board:
+    """What the workers have pinned up for the driver, and the driver for them."""
+
+    status: Status | None = None
+    losses: list[str] = field(default_factory=list)  # of workers, each time with the reason
+    failure: TrainingFailed | None = None
+    stopping: bool = False
+
+    def report(self, status: Status) -> bool:
+        """From rank 0. True: stop after this step."""
+        self.status = status
+        return self.stopping
+
+    def fail(self, message: str, exit_code: int) -> None:
+        """An error that another start would only repeat."""
+        self.failure = TrainingFailed(message)
+        self.failure.exit_code = exit_code
+
+
+class StepProgress:
+    """The bar (or lines in a log), from the first status on."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._shown = steps, 0
+        self._bar: JobProgress | None = None
+
+    def show(self, status: Status) -> None:
+        if self._bar is None:
+            self._bar, self._shown = JobProgress("steps", self._steps, status.step), status.step
+            self._bar.__enter__()
+        self._bar.advance(status.step - self._shown, str(status))
+        self._shown = status.step
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM; the second one raises KeyboardInterrupt. Elsewhere than in the main thread
+    signals stay as they are."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

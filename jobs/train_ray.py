@@ -1,0 +1,226 @@
+"""The training loop on Ray Train: enough resources, workers, restarts after a loss, and what the driver sees of it.
+
+Checkpoints do not pass through Ray Train: rank 0 publishes them under the output URL, and a restarted worker group
+goes on from the newest one. So Train's own storage, which would have to be shared between machines once a checkpoint
+is reported to it, holds one empty marker file, and is a temporary folder of the driver's machine (where the
+controller is placed too).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.cluster import ClusterError, connected, describe_resources
+from jobs.train_config import RayConfig
+from jobs.train_progress import Board, Status, StepProgress, TrainingFailed, stop_signals
+from jobs.train_ranks import Ranks
+from jobs.train_worker import Ending, TrainJob, train
+from model.config import ModelError
+from pipeline import storage
+from pipeline.errors import PipelineError, StorageError
+
+log = logging.getLogger(__name__)
+POLL_S = 0.5
+STOP_GRACE_S = 60.0  # for the step under way and its checkpoint
+SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
+
+
+def train_on_ray(job: TrainJob) -> Ending:
+    """Raises TrainingFailed, ClusterError; KeyboardInterrupt at a second signal."""
+    settings = job.config.ray
+    with connected(settings.address), stop_signals() as stop:
+        _warn_of_a_local_output(job.config.output)
+        if not _resources_there(settings, stop):
+            return "stopped"
+        with tempfile.TemporaryDirectory(prefix="dvae-train-") as folder, Watch(job.config.steps) as watch:
+            ending = _in_thread(_trainer(job, watch.board, folder))
+            return _result(ending, watch.board) if watch.until(ending, stop) else "stopped"
+
+
+class Watch:
+    """The driver's look at the board."""
+
+    def __init__(self, steps: int) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(BoardActor).remote()
+        self._shown, self._num_losses = StepProgress(steps), 0
+        self._started = False
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.close()
+        ray.kill(self.board)  # workers that still run end at their next report
+
+    def until(self, ending: Future[Any], stop: threading.Event) -> bool:
+        """Show progress until training ends. False: it was to stop, and would not within the grace."""
+        while not ending.done() and not stop.wait(POLL_S):
+            self._look()
+        if stop.is_set():
+            log.warning("stopping: a checkpoint is saved first (once more to stop at once)")
+            self.board.ask_to_stop.remote()
+            wait([ending], timeout=STOP_GRACE_S if self._started else 0)
+        self._look()
+        return ending.done()
+
+    def _look(self) -> None:
+        board: Board = ray.get(self.board.read.remote())
+        for loss in board.losses[self._num_losses :]:
+            log.warning("a worker was lost (training goes on from the newest checkpoint): %s", loss)
+        self._num_losses = len(board.losses)
+        if board.status is not None:
+            self._started = True
+            self._shown.show(board.status)
+
+
+class BoardActor:
+    """The board as an actor: its attributes cannot be read from afar."""
+
+    def __init__(self) -> None:
+        self._board = Board()
+
+    def read(self) -> Board:
+        return self._board
+
+    def report(self, status: Status) -> bool:
+        return self._board.report(status)
+
+    def ask_to_stop(self) -> None:
+        self._board.stopping = True
+
+    def lose(self, reason: str) -> None:
+        self._board.losses.append(reason)
+
+    def fail(self, message: str, exit_code: int) -> None:
+        self._board.fail(message, exit_code)
+
+
+@dataclass(frozen=True)
+class RemoteDriver:
+    """The board, as the training loop sees it."""
+
+    board: Any
+
+    def report(self, status: Status) -> bool:
+        return bool(ray.get(self.board.report.remote(status)))
+
+
+class TellOfLosses(UserCallback):  # type: ignore[misc]  # Ray has no types here
+    """Runs in Train's controller."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in worker_exceptions.items():
+            self._board.lose.remote(f"rank {rank}: {_first_line(error)}")
+
+
+def _trainer(job: TrainJob, board: Any, folder: str) -> TorchTrainer:
+    settings = job.config.ray
+    return TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=_bundle(settings)
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            callbacks=[TellOfLosses(board)],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _work(arguments: dict[str, Any]) -> Ending | None:
+    """One worker, from its start to its end or loss."""
+    job, board = arguments["job"], arguments["board"]
+    if ray.get(board.read.remote()).failure is not None:
+        return None  # Train started the workers again; there is nothing to gain
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        ranks = Ranks.join(use_gpu=job.config.ray.use_gpu, threads=job.config.threads)
+        return train(job, ranks, RemoteDriver(board))
+    except StorageError:
+        raise  # the store may answer again
+    except (PipelineError, ModelError) as error:
+        ray.get(board.fail.remote(str(error), getattr(error, "exit_code", 2)))
+        raise
+
+
+def _result(ending: Future[Any], board: Any) -> Ending:
+    if (failure := ray.get(board.read.remote()).failure) is not None:
+        raise failure
+    if (error := ending.exception()) is not None:
+        raise TrainingFailed(f"training on Ray failed: {error}") from error
+    last: Ending = ending.result().return_value
+    return last
+
+
+def _in_thread(trainer: TorchTrainer) -> Future[Any]:
+    """`fit` beside the main thread, which signals belong to; the thread does not keep the process alive."""
+    future: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the future is asked
+            future.set_exception(error)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    return future
+
+
+def _bundle(settings: RayConfig) -> dict[str, float]:
+    gpus = {"GPU": settings.gpus_per_worker} if settings.use_gpu else {}
+    return {"CPU": settings.cpus_per_worker, **gpus}
+
+
+def _resources_there(settings: RayConfig, stop: threading.Event) -> bool:
+    """Wait for room for all workers (asking for it, so that a cluster that can grow does). False: it was to stop.
+    Raises ClusterError after ray.wait_s."""
+    wanted = f"{settings.num_workers} workers with {_bundle(settings)} each"
+    group = placement_group([_bundle(settings)] * settings.num_workers)
+    give_up_at, said = time.monotonic() + settings.wait_s, False
+    try:
+        while not group.wait(timeout_seconds=1):
+            if stop.is_set():
+                return False
+            if time.monotonic() >= give_up_at:
+                raise ClusterError(
+                    f"no room for {wanted} within {settings.wait_s:g} s (ray.wait_s): {describe_resources()}; "
+                    "lower ray.num_workers, set ray.use_gpu=false, or add machines to the cluster"
+                )
+            if not said:
+                said = True
+                log.warning("waiting up to %g s for %s: %s", settings.wait_s, wanted, describe_resources())
+    finally:
+        remove_placement_group(group)
+    return True
+
+
+def _warn_of_a_local_output(url: str) -> None:
+    if storage.is_local(url) and len(ray.nodes()) > 1:
+        log.warning("%s is a path: it must be the same folder on every machine of the cluster", url)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,97 @@
+"""What a training checkpoint holds, and going on from the newest one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.checkpoints import file_reader
+from jobs.train_config import TrainConfig
+from jobs.train_metrics import Figures
+from jobs.train_output import TrainOutput
+from jobs.train_ranks import Ranks
+from model.checkpoint import checkpoint_files, read_checkpoint
+from model.trainer import Trainer
+from pipeline import storage
+from pipeline.training_order import StreamCursor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What, beside the trainer's tensors, must go on where it was."""
+
+    cursors: tuple[StreamCursor, ...]  # of all streams
+    rows: tuple[Figures, ...] = ()  # of the metrics line begun
+
+    def to_json(self) -> dict[str, Any]:
+        return {"cursors": [cursor.to_json() for cursor in self.cursors], "rows": list(self.rows)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Progress:
+        return cls(tuple(map(StreamCursor.from_json, value["cursors"])), tuple(value["rows"]))
+
+
+def new_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
+    return Trainer(
+        config.model,
+        config.loss,
+        config.optim,
+        config.schedule,
+        seed=config.seed,
+        device=ranks.device,
+        precision=config.precision,
+    )
+
+
+def resume(trainer: Trainer, config: TrainConfig, output: TrainOutput, ranks: Ranks) -> Progress:
+    """Load the newest whole checkpoint into the trainer. All ranks take the one that the first one found."""
+    found = ranks.agree(output.newest_checkpoint() if ranks.is_first else None)
+    if found is None:
+        return Progress((StreamCursor(),) * config.data.num_streams)
+    checkpoint = read_checkpoint(file_reader(found), with_training_state=True)
+    assert checkpoint.training_state is not None
+    trainer.load_state_tensors(checkpoint.training_state)
+    log.info("going on from %s", found)
+    return Progress.from_json(checkpoint.extra["progress"])
+
+
+def resumable_files(trainer: Trainer, config: TrainConfig, ranks: Ranks, progress: Progress) -> dict[str, bytes]:
+    """A checkpoint to go on from."""
+    extra = {"progress": progress.to_json(), **_origin(config, ranks)}
+    return _files(trainer, config, trainer.state_tensors(), extra)
+
+
+def model_files(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> dict[str, bytes]:
+    """The finished model alone."""
+    return _files(trainer, config, None, _origin(config, ranks))
+
+
+def _files(trainer: Trainer, config: TrainConfig, state: Any, extra: dict[str, Any]) -> dict[str, bytes]:
+    return checkpoint_files(
+        weights=trainer.averaged_weights(),
+        dvae_config=config.model,
+        image_spec=config.image.to_json(),
+        step=trainer.step,
+        training_state=state,
+        extra=extra,
+    )
+
+
+def _origin(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """How the weights came to be. The numerics are those of the last attempt."""
+    settings = config.model_dump(mode="json")
+    settings["output"] = storage.public_url(config.output)
+    for name in ("train_shards", "val_shards"):
+        settings["data"][name] = [storage.public_url(pattern) for pattern in settings["data"][name]]
+    numerics = {"workers": ranks.world_size, "device": ranks.device.type, "threads": config.threads}
+    return {"training_config": settings, "numerics": numerics}
+
+
+def merged(shares: Sequence[dict[int, StreamCursor]]) -> tuple[StreamCursor, ...]:
+    """The cursors of all streams out of each rank's."""
+    cursors = {number: cursor for share in shares for number, cursor in share.items()}
+    return tuple(cursors[number] for number in range(len(cursors)))

@@ -1,0 +1,212 @@
+"""The training loop, as each worker runs it: in this process, or as one of many under Ray Train.
+
+Driven by steps, never by the end of a shard list, so unequal shards or fewer shards than workers cannot block.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from jobs.train_config import TrainConfig
+from jobs.train_evaluation import Evaluation
+from jobs.train_metrics import Journal, Window
+from jobs.train_output import TrainOutput
+from jobs.train_progress import Status
+from jobs.train_ranks import Ranks
+from jobs.train_state import Progress, merged, model_files, new_trainer, resumable_files, resume
+from jobs.train_tensorboard import wants_events
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.records import ObjectInfo
+from pipeline.training_order import StreamCursor, StreamOptions
+from pipeline.training_samples import TrainingSamples
+
+Ending = Literal["finished", "stopped"]
+BEAT_S = 1.0
+MIN_SAMPLES_JUDGED = 100  # before the share of bad ones says anything
+
+
+class TooMuchBadData(PipelineError):
+    """More bad images or unreadable shards than the run allows."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What every worker is given; the shard lists are expanded once, by the driver."""
+
+    config: TrainConfig
+    train_shards: tuple[ObjectInfo, ...]
+    val_shards: tuple[ObjectInfo, ...]
+
+
+class Driver(Protocol):
+    def report(self, status: Status) -> bool:
+        """True: stop after this step."""
+
+
+def train(job: TrainJob, ranks: Ranks, driver: Driver) -> Ending:
+    """From the newest checkpoint (or the start) to the last step, or until the driver asks to stop."""
+    config = job.config
+    with closing(TrainingRun(job, ranks, driver)) as run:
+        stopping = run.heartbeat()
+        while run.step < config.steps and not stopping:
+            run.update()
+            if run.is_due(config.log.every_steps):
+                run.log()
+            if run.is_due(config.eval.every_steps):
+                run.evaluate()
+            stopping = run.heartbeat()
+            if run.is_due(config.checkpoint.every_steps) or stopping:
+                run.save()
+        return run.finish()
+
+
+class TrainingRun:
+    """One worker's part of the run. All ranks call the same methods at the same steps."""
+
+    def __init__(self, job: TrainJob, ranks: Ranks, driver: Driver) -> None:
+        config = job.config
+        self._job, self._config, self._ranks, self._driver = job, config, ranks, driver
+        self._output = TrainOutput(storage.normalize(config.output))
+        self._evaluation = Evaluation(config, job.val_shards, ranks) if config.eval.every_steps else None
+        self._trainer = new_trainer(config, ranks)
+        progress = resume(self._trainer, config, self._output, ranks)
+        self._samples = _samples(job, ranks, progress.cursors)
+        self._window = Window(ranks, progress.rows)
+        events = wants_events(config.log.tensorboard)
+        self._journal = Journal(self._output, self.step, events=events) if ranks.is_first else None
+        self._speed, self._line_speed = Speed(self.step), Speed(self.step)
+        self._status = Status(step=self.step)
+        self._next_beat = self.step
+
+    @property
+    def step(self) -> int:
+        return self._trainer.step
+
+    def is_due(self, every_steps: int) -> bool:
+        """Every so many steps and at the last one; never for 0."""
+        return bool(every_steps) and (self.step % every_steps == 0 or self.step == self._config.steps)
+
+    def update(self) -> None:
+        batch = self._samples.next_batch()
+        self._window.add(self._trainer.train_step(batch.pixels_BHWC, batch.slots_B))
+
+    def log(self) -> None:
+        """One training line. Raises TooMuchBadData, on all ranks alike."""
+        cursors = self._all_cursors()
+        figures, counts = self._window.close(), _counts(cursors)
+        figures["skipped_steps"] = self._trainer.skipped_steps
+        if self._journal is not None:
+            images_per_s = round(self._line_speed.lap(self.step) * self._config.batch_size, 1)
+            self._journal.add("train", self.step, {**figures, **counts, "images_per_s": images_per_s})
+        self._status = replace(self._status, loss=figures["loss"], num_bad_images=counts["num_bad_images"])
+        _judge(self._job, counts, cursors)
+
+    def evaluate(self) -> None:
+        assert self._evaluation is not None
+        figures = self._evaluation.figures(self._trainer)
+        self._status = replace(self._status, psnr_hard=figures["psnr_hard"])
+        if self._journal is not None:
+            self._journal.add("eval", self.step, figures)
+            self._journal.publish(self.step, self._evaluation.picture(self._trainer))
+
+    def heartbeat(self) -> bool:
+        """About once a second: tell the driver, and agree whether to stop and on the step of the next beat."""
+        if self.step < self._next_beat:
+            return False
+        answer = self._beat() if self._ranks.is_first else None
+        stopping, self._next_beat = self._ranks.agree(answer) or (False, 0)
+        return stopping
+
+    def save(self) -> None:
+        """A checkpoint to go on from; before it the metrics up to here, so that no line is lost."""
+        progress = Progress(self._all_cursors(), tuple(self._window.rows()))
+        if self._journal is not None:
+            self._journal.publish(self.step)
+            files = resumable_files(self._trainer, self._config, self._ranks, progress)
+            self._output.save_checkpoint(self.step, files, self._config.checkpoint.keep_last)
+
+    def finish(self) -> Ending:
+        """Publish the finished model, if this is the end."""
+        if self.step < self._config.steps:
+            return "stopped"
+        if self._ranks.is_first:
+            self._output.save_model(model_files(self._trainer, self._config, self._ranks))
+        return "finished"
+
+    def close(self) -> None:
+        self._samples.close()
+
+    def _beat(self) -> tuple[bool, int]:
+        steps_per_s = self._speed.lap(self.step)
+        self._status = replace(self._status, step=self.step, images_per_s=steps_per_s * self._config.batch_size)
+        return self._driver.report(self._status), self.step + max(1, int(steps_per_s * BEAT_S))
+
+    def _all_cursors(self) -> tuple[StreamCursor, ...]:
+        return merged(self._ranks.gather(self._samples.cursors()))
+
+
+class Speed:
+    """Steps a second since the last lap."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._at_s = step, time.monotonic()
+
+    def lap(self, step: int) -> float:
+        now_s = time.monotonic()
+        steps_per_s = (step - self._step) / max(now_s - self._at_s, 1e-9)
+        self._step, self._at_s = step, now_s
+        return steps_per_s
+
+
+def _samples(job: TrainJob, ranks: Ranks, cursors: tuple[StreamCursor, ...]) -> TrainingSamples:
+    config, data = job.config, job.config.data
+    options = StreamOptions(
+        image_spec=config.image,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_streams=data.num_streams,
+        shuffle_shards=data.shuffle_shards,
+        augment=data.augment,
+    )
+    return TrainingSamples(
+        job.train_shards,
+        options,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        cursors=cursors,
+        decode_threads=data.decode_threads,
+        prefetch_batches=data.prefetch_batches,
+    )
+
+
+def _counts(cursors: tuple[StreamCursor, ...]) -> dict[str, int]:
+    """Since step 0, over all streams."""
+    return {
+        "num_images": sum(cursor.num_used for cursor in cursors),
+        "num_bad_images": sum(cursor.num_bad for cursor in cursors),
+        "num_failed_shards": len({place for cursor in cursors for place in cursor.failed_shards}),
+    }
+
+
+def _judge(job: TrainJob, counts: dict[str, int], cursors: tuple[StreamCursor, ...]) -> None:
+    data = job.config.data
+    bad, failed = counts["num_bad_images"], counts["num_failed_shards"]
+    seen = counts["num_images"] + bad
+    if seen >= MIN_SAMPLES_JUDGED and bad > data.max_failed_samples * seen:
+        raise TooMuchBadData(
+            f"{bad} of {seen} training images are bad, over the limit data.max_failed_samples="
+            f"{data.max_failed_samples:g}; the workers' logs name the first ones"
+        )
+    if failed > data.max_failed_shards:
+        places = sorted({place for cursor in cursors for place in cursor.failed_shards})
+        names = ", ".join(storage.public_url(job.train_shards[place].url) for place in places[:3])
+        raise TooMuchBadData(
+            f"{failed} training shards cannot be read ({names}{', …' if failed > 3 else ''}), over the limit "
+            f"data.max_failed_shards={data.max_failed_shards}; repair them, or raise the limit to go on without them"
+        )
