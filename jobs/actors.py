@@ -157,7 +157,7 @@ class ActorPool:
         except RayTaskError as error:
             yield from self._raised(call, error)
         except RayError as error:
-            yield from self._died(call.slot, str(error).strip().splitlines()[0])
+            yield from self._died(call.slot, _first_and_last_line(error))
         else:
             call.slot.ready, call.slot.failed_starts = True, 0
             if call.work is not None:
@@ -244,3 +244,9 @@ def _reason(cause: Exception) -> FailureReason:
 
 def _with_attempts(result: ShardResult, work: Work) -> ShardResult:
     return replace(result, attempts=work.charged + 1)
+
+
+def _first_and_last_line(error: Exception) -> str:
+    """Ray says what happened in the first line, and the cause of a failed start in the last."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1].strip()}"

@@ -1,0 +1,32 @@
+"""What several test files share: one local Ray, and the `quick` mark. Helpers that make data: make_data.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LONG_MARKS = {"ray", "server", "slow"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs neither Ray nor a server nor much time is `quick`."""
+    for item in items:
+        if not LONG_MARKS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("quick")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray of our own for the session, with more logical CPUs than cores and two GPUs that aren't there."""
+    import ray
+
+    # `local`: a head that was killed leaves a file that makes a plain ray.init join a dead cluster.
+    ray.init(
+        address="local", num_cpus=8, num_gpus=2, object_store_memory=150 << 20, include_dashboard=False,
+        log_to_driver=False, logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # actors import fakes.py
+    )  # fmt: skip
+    yield
+    ray.shutdown()

@@ -1,0 +1,106 @@
+"""Tokenizers that stand in for a model inside real Ray actors: they record, are slow, die, hang. Sources are plain
+data, so that they travel to the actors; what they do there goes through files, for all to see."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.checkpoints import CheckpointHead
+from pipeline.plan import ShardTask
+from pipeline.records import ShardResult
+from pipeline.tokenize_shard import TokenizeWorker
+
+
+class HeadTokenizer:
+    """Claims to be the checkpoint's tokenizer; its tokens are pixels, so every image has its own."""
+
+    def __init__(self, head: CheckpointHead) -> None:
+        self.grid, self.codebook_size, self.tokenizer_id = head.grid, head.codebook_size, head.tokenizer_id
+
+    def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+        step = pixels_BHWC.shape[1] // self.grid[0]
+        return pixels_BHWC[:, ::step, ::step].sum(axis=3, dtype=np.int64) % self.codebook_size
+
+
+@dataclass(frozen=True)
+class FakeSource:
+    """`seconds`: how long a batch takes, as on a GPU of that speed."""
+
+    head: CheckpointHead
+    seconds: float = 0.0
+
+    def load(self) -> HeadTokenizer:
+        tokenizer = HeadTokenizer(self.head)
+        encode = tokenizer.encode
+
+        def slow(pixels_BHWC: np.ndarray) -> np.ndarray:
+            time.sleep(self.seconds)
+            return encode(pixels_BHWC)
+
+        tokenizer.encode = slow  # type: ignore[method-assign]
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class RecordingSource(FakeSource):
+    """Writes `<time> <pid> <shards open>` to a file whenever its worker takes up a shard or is done with one."""
+
+    log: str = ""
+
+    def load(self) -> HeadTokenizer:
+        tokenize, num_open, lock = TokenizeWorker.tokenize, 0, threading.Lock()
+
+        def note(change: int) -> None:
+            nonlocal num_open
+            with lock, Path(self.log).open("a") as file:
+                num_open += change
+                file.write(f"{time.time()} {os.getpid()} {num_open}\n")
+
+        def recorded(worker: TokenizeWorker, task: ShardTask) -> ShardResult:
+            note(+1)
+            try:
+                return tokenize(worker, task)
+            finally:
+                note(-1)
+
+        TokenizeWorker.tokenize = recorded  # type: ignore[method-assign]
+        return super().load()
+
+
+@dataclass(frozen=True)
+class ShardFault(FakeSource):
+    """Does `deed` in the actor when it reads a shard with `needle` in its name; `times`: how often in all."""
+
+    needle: str = ""
+    deed: str = "exit"  # exit, hang, raise
+    times: int = 1_000_000
+    marks: str = ""  # a folder: one file for each deed done
+
+    def load(self) -> HeadTokenizer:
+        from pipeline import tokenize_shard
+
+        read_samples = tokenize_shard.read_samples
+
+        def faulty(shard: Any, **options: Any) -> Iterator[Any]:
+            if self.needle in shard.url and len(list(Path(self.marks).iterdir())) < self.times:
+                (Path(self.marks) / f"{time.time_ns()}").touch()
+                self._do()
+            yield from read_samples(shard, **options)
+
+        tokenize_shard.read_samples = faulty
+        return super().load()
+
+    def _do(self) -> None:
+        if self.deed == "exit":
+            os._exit(11)
+        if self.deed == "hang":
+            time.sleep(3600)
+        raise OSError("the store fell over")

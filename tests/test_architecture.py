@@ -1,0 +1,76 @@
+"""The import table of the house, read from the source: two wings that never meet, one door per library."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pipeline", "model", "jobs")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# library -> the only files (or whole packages) that may import it
+DOORS = {
+    "fsspec": {"pipeline/storage.py"},
+    "braceexpand": {"pipeline/storage.py"},
+    "PIL": {"pipeline/images.py", "pipeline/pictures.py"},
+    "pyarrow": {"pipeline/token_table.py", "pipeline/ledger.py"},
+    "webdataset": {"pipeline/pack.py"},
+    "torch": {"model", "jobs/train_worker.py"},
+    "safetensors": {"model"},
+    "ray": {"jobs/cluster.py", "jobs/actors.py", "jobs/tokenize_dataset.py", "jobs/submit.py", "jobs/train_driver.py",
+            "jobs/train_worker.py"},
+    "omegaconf": {"jobs/config.py"},
+    "yaml": {"jobs/config.py"},
+    "pydantic": {"jobs"},
+    "typer": {"jobs/cli.py"},
+    "rich": {"jobs"},
+    "duckdb": {"jobs/demo_queries.py"},
+    "skimage": {"jobs/demo_images.py"},
+    "jinja2": {"jobs/report_page.py"},
+}  # fmt: skip
+COMMON = {"numpy", *sys.stdlib_module_names}
+WINGS = {"pipeline": {"pipeline"}, "model": {"model"}, "jobs": {"pipeline", "model", "jobs"}}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports, inside functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_import_comes_through_its_door(path: Path) -> None:
+    wing = name(path).partition("/")[0]
+    for module in imports(path):
+        top = module.partition(".")[0]
+        if top in PACKAGES:
+            assert top in WINGS[wing], f"{name(path)} imports {module}: the wings never meet"
+        elif top not in COMMON:
+            assert top in DOORS, f"{name(path)} imports {top}, which has no door in this table"
+            assert {name(path), wing} & DOORS[top], f"{name(path)} imports {top}; its door is {sorted(DOORS[top])}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_room_grows_past_its_walls(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 330, f"{name(path)}: would two rooms read better?"
+
+
+def test_no_module_is_named_after_one_of_the_standard_library() -> None:
+    assert not {path.stem for path in FILES} & sys.stdlib_module_names - {"__init__"}
+
+
+def test_the_doors_in_the_table_exist() -> None:
+    assert all((ROOT / door).exists() for doors in DOORS.values() for door in doors)
