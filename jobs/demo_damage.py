@@ -76,6 +76,6 @@ def make_odd_files(folder: Path, tile_px: int = TILE_PX) -> int:
     for odd in ODD_FILES:
         path = folder / odd.name
         path.write_bytes(odd.make(tile_HWC))
-        path.with_suffix(".txt").write_text(odd.caption + "\n", encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps({"source": odd.name, "split": "damaged"}) + "\n")
+        path.with_suffix(".txt").write_text(odd.caption, encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps({"source": odd.name, "split": "damaged"}))
     return len(ODD_FILES)

@@ -139,8 +139,8 @@ def write_tile(folder: Path, tile: Tile, photo: Photo, pixels_HWC: np.ndarray, t
     path = folder / tile.name
     caption = f"{photo.caption}: {_place(tile, pixels_HWC)}, {'close' if tile.scale == 1 else 'wider'}"
     path.with_suffix(".jpg").write_bytes(encode_jpeg(crop_to_square(pixels_HWC, tile.box, tile_px)))
-    path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(asdict(tile)) + "\n", encoding="utf-8")
+    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(asdict(tile)), encoding="utf-8")
 
 
 def _place(tile: Tile, pixels_HWC: np.ndarray) -> str:

@@ -40,8 +40,8 @@ class Original:
 
 def run_show(
     output_url: str,
-    *,
     checkpoint: str,
+    *,
     keys: Sequence[str] | None = None,
     limit: int = 16,
     png: str = "show.png",

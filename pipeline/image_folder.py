@@ -39,6 +39,9 @@ class LeftOut:
     path: str  # relative to the folder
     why: Why
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:

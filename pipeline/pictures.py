@@ -119,3 +119,9 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 def _font(size: int) -> Any:
     return ImageFont.load_default(size)
+
+
+def draw_pair(left_HWC: Pixels, right_HWC: Pixels) -> Pixels:
+    """Two pictures of one size side by side, a thin gap between them."""
+    gap = np.full((left_HWC.shape[0], _GAP, 3), 255, np.uint8)
+    return np.concatenate([left_HWC, gap, right_HWC], axis=1)

@@ -1,0 +1,257 @@
+"""`dvae demo`: photographs -> tiles -> shards -> training -> tokens -> queries, pictures and a page that checks itself.
+
+Everything lands in one folder; running it again goes on where it stopped. The training and the tokenising are those
+of `dvae train` and `dvae tokenize`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as ConsoleTable
+
+from jobs import demo_images
+from jobs.config import Section, load_config
+from jobs.contact_sheet import contact_sheet_png
+from jobs.demo_checks import check_all, look_at_held_out, read_rows
+from jobs.demo_damage import ODD_FILES, make_odd_files
+from jobs.demo_images import make_tiles
+from jobs.demo_queries import ask
+from jobs.demo_report import QUERIES, Results, make_report, reading_lines, shown_rows
+from jobs.report_page import Check, render
+from jobs.show import load_matching_tokenizer
+from jobs.tokenize_config import TokenizeConfig
+from jobs.tokenize_dataset import run_tokenize
+from jobs.train_config import TrainConfig
+from jobs.train_dvae import run_training
+from jobs.train_output import TrainOutput
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.output import OutputPrefix, listed, read_run
+from pipeline.pack import PackSummary, pack
+
+SHARD_SAMPLES = 400
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Settings = TypeVar("Settings", bound=Section)
+
+
+class DemoError(PipelineError):
+    """The demo's folder is something else's, or the demo is not run from a checkout."""
+
+
+@dataclass(frozen=True)
+class DemoFolder:
+    """Where everything lies, as the user would type it."""
+
+    path: Path
+
+    def at(self, *names: str) -> str:
+        return str(self.path.joinpath(*names))
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """None also for a file that is not one of ours."""
+        try:
+            found = json.loads((self.path / name).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        storage.publish(self.at(name), json.dumps(value, indent=2).encode())
+
+
+class Clock:
+    """Seconds of each part of the demo. A part that found its work done keeps the time that the work took."""
+
+    def __init__(self, folder: DemoFolder, console: Console) -> None:
+        self._folder, self._console = folder, console
+        self._kept = folder.read_json("times.json") or {}
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str, title: str, *, done: bool = False) -> Iterator[None]:
+        self._console.print(f"\n[bold]{title}[/]" + (" [dim](reusing what is there)[/]" if done else ""))
+        started = time.monotonic()
+        yield
+        measured = time.monotonic() - started
+        self.seconds[name] = self._kept.get(name, measured) if done else measured
+        self._folder.write_json("times.json", {**self._kept, **self.seconds})
+
+
+def run_demo(folder: str) -> int:
+    """The whole journey. Exit code 0: all checks passed; 1: one failed, or a job was incomplete; 130: stopped."""
+    console = Console(soft_wrap=True, highlight=False)
+    place, again = open_folder(folder), f"dvae demo --dir {folder}"
+    clock = Clock(place, console)
+    with clock.part("tiles", "1. Photographs into tiles", done=(place.path / "images.json").exists()):
+        console.print(make_images(place))
+    with clock.part("packing", "2. Tiles into WebDataset shards", done=_is_file(place, "shards/damaged.pack.json")):
+        packed = [pack_images(place, split, console) for split in ("train", "heldout", "damaged")]
+    training = settings(TrainConfig, "demo_train.yaml", place, _train_places)
+    with clock.part("training", "3. Training on Ray", done=_is_file(place, "training/model/checkpoint.json")):
+        code = run_training(training, again)
+    if code:
+        return code
+    tokenizing = settings(TokenizeConfig, "demo_tokenize.yaml", place, _tokenize_places)
+    with clock.part("tokenising", "4. Tokenising through Ray actors", done=_is_file(place, "tokenised/manifest.json")):
+        code = run_tokenize(tokenizing, again)
+    if code:
+        return code
+    with clock.part("looking", "5. Looking at the result"):
+        results = look(place, sum(one.num_images for one in packed), clock)
+    return conclude(place, results, console)
+
+
+def open_folder(folder: str) -> DemoFolder:
+    """Claim the folder, or go on with a demo's. Raises DemoError when it holds something else."""
+    place = DemoFolder(Path(folder))
+    made_of = {"kind": "dvae demo", "tiles": _recipe()}
+    if place.path.exists() and (not place.path.is_dir() or any(place.path.iterdir())):
+        found = place.read_json("demo.json") if place.path.is_dir() else None
+        if found is None:
+            raise DemoError(f"{folder} is there and is no demo's; name another folder with --dir")
+        if found != made_of:
+            raise DemoError(f"{folder} is of another version of the demo; remove it, or name another with --dir")
+    place.write_json("demo.json", made_of)
+    return place
+
+
+def _recipe() -> str:
+    """What the tiles depend on."""
+    parts = (demo_images.PHOTOS, demo_images.TILE_PX, demo_images.SCALES, demo_images.STRIDE_PX, demo_images.MARGIN_PX)
+    names = [odd.name for odd in ODD_FILES]
+    return hashlib.sha256(repr((parts, names)).encode()).hexdigest()[:16]
+
+
+def make_images(place: DemoFolder) -> str:
+    """Tiles and odd files, unless all are there; what there is, in words."""
+    counts = place.read_json("images.json")
+    if counts is None:
+        tiles = make_tiles(place.path / "images")
+        counts = {"train": tiles.train, "heldout": tiles.heldout}
+        counts["damaged"] = make_odd_files(place.path / "images" / "damaged")
+        place.write_json("images.json", counts)  # last: it says that all are there
+    return (
+        f"{counts['train']:,} tiles to train on, {counts['heldout']:,} held out, {counts['damaged']} odd or damaged "
+        f"files in {place.at('images')}"
+    )
+
+
+def pack_images(place: DemoFolder, split: str, console: Console) -> PackSummary:
+    summary = pack(place.path / "images" / split, place.at("shards"), shard_samples=SHARD_SAMPLES, prefix=split)
+    reused = f", {summary.num_reused} of them there already" if summary.num_reused else ""
+    shards = f"{len(summary.shard_urls)} shards{reused}, {summary.packed_bytes / 1e6:.1f} MB"
+    console.print(f"{split}: {summary.num_images:,} images in {shards}")
+    return summary
+
+
+def settings(
+    kind: type[Settings], name: str, place: DemoFolder, places: Callable[[DemoFolder, Settings], dict[str, Any]]
+) -> Settings:
+    """A configuration of the demo, with its URLs below the demo's folder."""
+    if not (CONFIGS / name).exists():
+        raise DemoError(f"{CONFIGS / name} is not there: the demo runs from a checkout of the repository")
+    config = load_config(kind, str(CONFIGS / name))
+    return config.model_copy(update=places(place, config))
+
+
+def _train_places(place: DemoFolder, config: TrainConfig) -> dict[str, Any]:
+    shards = {"train_shards": [place.at("shards", "train-*.tar")], "val_shards": [place.at("shards", "heldout-*.tar")]}
+    return {"output": place.at("training"), "data": config.data.model_copy(update=shards)}
+
+
+def _tokenize_places(place: DemoFolder, config: TokenizeConfig) -> dict[str, Any]:
+    shards = [place.at("shards", "*.tar")]
+    return {"checkpoint": place.at("training"), "shards": shards, "output": place.at("tokenised")}
+
+
+def _is_file(place: DemoFolder, name: str) -> bool:
+    return (place.path / name).exists()
+
+
+def look(place: DemoFolder, num_packed: int, clock: Clock) -> Results:
+    """Measure the held-out tiles from their stored tokens, and check every claim."""
+    output = OutputPrefix(storage.normalize(place.at("tokenised")))
+    run = read_run(output) or {}
+    decoder = load_matching_tokenizer(run, place.at("training"), output.url)
+    rows = read_rows(output)
+    held_out = look_at_held_out(output, run, rows, decoder)
+    metrics = TrainOutput(storage.normalize(place.at("training"))).read_metrics()
+    evaluations = tuple(line for line in metrics if line["kind"] == "eval")
+    return Results(
+        output=place.at("tokenised"),
+        training=place.at("training"),
+        run=run,
+        rows=tuple(rows),
+        held_out=held_out,
+        checks=check_all(output, run, num_packed, rows, held_out, evaluations[-1]),
+        evaluations=evaluations,
+        num_packed=num_packed,
+        token_bytes=sum(info.size_bytes for info in listed(output.tokens_folder()).values()),
+        seconds=clock.seconds,
+    )
+
+
+def conclude(place: DemoFolder, results: Results, console: Console) -> int:
+    """Write the pictures and the page, print tables, checks, and how to go on."""
+    storage.publish(place.at("heldout.png"), _sheet(results))
+    storage.publish(place.at("report.html"), render(make_report(results)).encode())
+    for title, query, _ in QUERIES:
+        _print_answer(console, title, results.output, query)
+    _print_checks(console, results.checks)
+    _print_what_is_where(console, place, results)
+    return 0 if all(check.passed for check in results.checks) else 1
+
+
+def _sheet(results: Results) -> bytes:
+    held_out, places = results.held_out, shown_rows(results.held_out)
+    grid = results.run["grid"]
+    return contact_sheet_png(
+        {"original": held_out.original_BHWC[places], "from tokens": held_out.decoded_BHWC[places]},
+        [held_out.rows[n]["caption"] for n in places],
+        title=f"Held-out tiles: {grid[0]} × {grid[1]} tokens each, of {results.run['codebook_size']} codes · "
+        f"{held_out.psnr_db:.1f} dB over all {len(held_out.rows)}",
+    )
+
+
+def _print_answer(console: Console, title: str, output: str, query: str) -> None:
+    answer = ask(output, query)
+    console.print(f"\n[bold]{escape(title)}[/]")
+    console.print(answer.sql, style="dim", markup=False)
+    table = ConsoleTable(*answer.columns)
+    for row in answer.rows:
+        table.add_row(*(escape(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+    console.print(table)
+
+
+def _print_checks(console: Console, checks: tuple[Check, ...]) -> None:
+    console.print("\n[bold]Checks[/]")
+    for check in checks:
+        verdict = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
+        console.print(f"{verdict}  {escape(check.claim)}: {escape(check.found)}")
+
+
+def _print_what_is_where(console: Console, place: DemoFolder, results: Results) -> None:
+    console.print("\n[bold]What was made[/]")
+    for name, what in (
+        ("report.html", "the page: open it in a browser"),
+        ("heldout.png", "held-out tiles, original and from tokens"),
+        ("shards", "the packed images"),
+        ("training", "checkpoints, metrics, pictures and the model"),
+        ("tokenised", "tokens/ and errors/ as Parquet, and what the run promised"),
+    ):
+        console.print(f"  {escape(place.at(name))}: {what}")
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results.seconds.items())
+    console.print(f"  {spent}; {sum(results.seconds.values()):.0f} s in all")
+    console.print("\n[bold]Read the tokens[/]")
+    for line in reading_lines(results.output):
+        console.print(f"  {line.name}: {line.code}", markup=False)
