@@ -46,7 +46,7 @@ def test_tokens_are_the_argmax_of_the_encoders_logits(head, stem):
     tokens_BHW = DVAETokenizer(_checkpoint(config), batch_size=2).encode(pixels_BHWC)
     assert tokens_BHW.dtype == np.int32 and tokens_BHW.shape == (5, 4, 4)
     assert np.array_equal(tokens_BHW, out_BCHW.argmax(dim=1).numpy())
-    assert len(np.unique(tokens_BHW)) >= 3
+    assert len(np.unique(tokens_BHW)) > 1
 
 
 def test_an_images_tokens_do_not_depend_on_its_neighbours_their_order_or_their_number():
