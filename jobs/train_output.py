@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jobs.checkpoints import RECORD, TRAINED_MODEL
@@ -107,6 +108,8 @@ class TrainOutput:
         storage.remove(storage.join(folder, RECORD))
         for info in storage.list_files(folder):
             storage.remove(info.url)
+        if storage.is_local(folder):
+            Path(folder).rmdir()
 
 
 def identity(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> dict[str, Any]:

@@ -1,0 +1,290 @@
+"""`dvae train` in one process: what it leaves, going on after a kill at any step, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from jobs import train_dvae, train_worker
+from jobs.train_dvae import TrainedOnHeldOut, run_training
+from jobs.train_evaluation import NothingHeldOut
+from jobs.train_output import TrainOutput
+from jobs.train_progress import Status
+from jobs.train_ranks import NoGpu, Ranks
+from jobs.train_tensorboard import TensorBoardMissing
+from jobs.train_worker import TooMuchBadData, TrainJob, train
+from make_data import write_shards
+from make_training import config, metric_lines, settings, weights, write_training_data
+from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch
+from pipeline.lease import Lease
+from pipeline.output import OutputPrefix
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and beside it `calm`: the output of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("training")
+    write_training_data(folder)
+    assert run_training(config(folder, output=str(folder / "calm")), "dvae train") == 0
+    return folder
+
+
+class Dies(RuntimeError):
+    """Stands for SIGKILL: nothing is saved on the way out."""
+
+
+class DriverAt:
+    """Kills training, or asks it to stop, when it reports one of these steps."""
+
+    def __init__(self, *, kill: int | None = None, stop: int | None = None) -> None:
+        self._kill, self._stop = kill, stop
+
+    def report(self, status: Status) -> bool:
+        if status.step == self._kill:
+            raise Dies
+        return status.step == self._stop
+
+
+def interrupt(folder: Path, output: Path, driver: DriverAt, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Train with a report at every step, until the driver ends it."""
+    monkeypatch.setattr(train_worker, "BEAT_S", 0.0)
+    settled = config(folder, output=str(output), **changes)
+    shards = [tuple(found) for found in train_dvae._shards(settled)]
+    ranks = Ranks.join(use_gpu=False, threads=1)
+    try:
+        assert train(TrainJob(settled, *shards), ranks, driver) == "stopped"
+    except Dies:
+        return
+
+
+def test_a_run_leaves_checkpoints_metrics_pictures_and_a_model(folder: Path) -> None:
+    calm = folder / "calm"
+    kept = sorted(path.name for path in (calm / "checkpoints").iterdir())
+    assert kept == ["step-00000015", "step-00000020", "step-00000024"]
+    record = json.loads((calm / "model" / "checkpoint.json").read_text())
+    assert (record["step"], record["image_spec"]["size"]) == (STEPS, 16)
+    lines = metric_lines(calm)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 8, 12, 16, 20, 24]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [9, 18, 24]
+    assert {"psnr_soft", "psnr_hard", "perplexity", "used_share"} <= lines[-1].keys()
+    assert lines[-1]["num_images"] == 6
+    picture = np.asarray(Image.open(calm / "pictures" / "step-00000024.png"))
+    assert picture.shape == (2 * 20, 3 * 20, 3)  # two images; original, soft, hard; a frame around each
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 13, 18, 20, 23, 24])
+def test_killed_at_any_step_and_run_again_the_weights_and_metrics_are_bit_identical(
+    folder: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(folder, tmp_path, DriverAt(kill=step), monkeypatch)
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+    assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+
+
+def test_stopped_saves_a_checkpoint_at_once_and_goes_on_bit_identically(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(folder, tmp_path, DriverAt(stop=7), monkeypatch)
+    assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000007")
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+    assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+
+
+def test_a_checkpoint_without_its_record_is_passed_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(folder, tmp_path, DriverAt(kill=12), monkeypatch)
+    (tmp_path / "checkpoints" / "step-00000010" / "checkpoint.json").unlink()
+    assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000005")
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+    assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+
+
+def test_a_finished_run_says_so_without_torch_and_without_ray(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, output=str(folder / "calm"), ray={"num_workers": 2})))
+    program = (
+        "import sys; from jobs.config import load_config; from jobs.train_config import TrainConfig\n"
+        "from jobs.train_dvae import run_training\n"
+        f"code = run_training(load_config(TrainConfig, {str(path)!r}), 'dvae train')\n"
+        "sys.exit(code or 10 * ('ray' in sys.modules) + 20 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "all 24 steps are done" in done.stdout
+    assert str(folder / "calm" / "model") in done.stdout
+
+
+def test_more_steps_take_a_finished_run_further(folder: Path, tmp_path: Path) -> None:
+    short = config(folder, output=str(tmp_path), steps=15)
+    assert run_training(short, "dvae train") == 0
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "theirs", "mine"),
+    [
+        ({"seed": 6}, "seed", "5", "6"),
+        ({"model": {"width": 16}}, "model.width", "8", "16"),
+        ({"data": {"num_streams": 2}}, "data.num_streams", "4", "2"),
+        ({"schedule": {"kl_weight": {"end": 2.0, "steps": 10}}}, "schedule.kl_weight.end", "0.001", "2.0"),
+    ],
+)
+def test_another_config_in_the_same_output_is_refused(
+    folder: Path, changes: dict[str, Any], field: str, theirs: str, mine: str
+) -> None:
+    with pytest.raises(RunMismatch, match=rf"{field} is {theirs} there and {mine} here") as refused:
+        run_training(config(folder, output=str(folder / "calm"), **changes), "dvae train")
+    assert refused.value.exit_code == 2
+
+
+def test_other_shards_in_the_same_output_are_refused(folder: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    write_shards(more, (5, 23, 11, 2))
+    with pytest.raises(RunMismatch, match=r"data\.train_shards is '3 shards, .* there and '4 shards, "):
+        run_training(config(folder, output=str(folder / "calm"), data={"train_shards": str(more)}), "dvae train")
+
+
+def test_an_output_that_holds_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "tokenizer_id": "abc"}))
+    with pytest.raises(RunMismatch, match="a run of another kind"):
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+
+
+def test_a_second_driver_is_told(folder: Path, tmp_path: Path) -> None:
+    with Lease(OutputPrefix(str(tmp_path))), pytest.raises(RunHeld) as held:
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+    assert held.value.exit_code == 3
+
+
+def test_shards_that_match_nothing_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoShardsMatched, match=r"nowhere-\*\.tar"):
+        run_training(config(folder, output=str(tmp_path), data={"train_shards": "nowhere-*.tar"}), "dvae train")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_shard_on_both_sides_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainedOnHeldOut, match=r"made-000000\.tar is in data\.train_shards and in data\.val_shards"):
+        run_training(config(folder, output=str(tmp_path), data={"val_shards": str(folder / "train")}), "dvae train")
+
+
+def test_a_gpu_that_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(NoGpu, match=r"ray\.use_gpu=false"):
+        run_training(config(folder, output=str(tmp_path), ray={"use_gpu": True}), "dvae train")
+
+
+def test_held_out_shards_without_a_usable_image_are_an_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NothingHeldOut, match=r"data\.val_shards"):
+        run_training(config(folder, output=str(tmp_path), image={"size": 16, "small": "refuse"},
+                            data={"val_shards": str(empty_shard(tmp_path / "empty"))}), "dvae train")  # fmt: skip
+
+
+def empty_shard(path: Path) -> Path:
+    write_shards(path, (0,))
+    return path
+
+
+def test_an_unreadable_shard_is_over_the_budget_unless_it_was_allowed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training_samples.RETRY_PAUSE_S", 0.0)
+    damaged = tmp_path / "damaged"
+    write_shards(damaged, (5, 9, 9))
+    cut = damaged / "made-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:4096])
+    data = {"train_shards": str(damaged)}
+    with pytest.raises(TooMuchBadData, match=r"made-000001\.tar.*data\.max_failed_shards=0") as failed:
+        run_training(config(folder, output=str(tmp_path / "strict"), data=data), "dvae train")
+    assert failed.value.exit_code == 1
+    allowed = {**data, "max_failed_shards": 1}
+    assert run_training(config(folder, output=str(tmp_path / "lenient"), data=allowed), "dvae train") == 0
+    assert metric_lines(tmp_path / "lenient")[-2]["num_failed_shards"] == 1
+
+
+def test_too_many_bad_images_end_the_run(folder: Path, tmp_path: Path) -> None:
+    """Half of them are smaller than the model's images, which is refused here."""
+    with pytest.raises(TooMuchBadData, match=r"of \d+ training images are bad.*data\.max_failed_samples=0\.05"):
+        run_training(config(folder, output=str(tmp_path), data=mixed_sizes(tmp_path / "mixed"),
+                            image={"size": 32, "small": "refuse"}, eval={"every_steps": 0}), "dvae train")  # fmt: skip
+
+
+def mixed_sizes(path: Path) -> dict[str, Any]:
+    from make_data import image_bytes, tar_bytes
+
+    path.mkdir()
+    members = [(f"{n}.jpg", image_bytes(n, width=24 + 20 * (n % 2), height=40)) for n in range(40)]
+    (path / "mixed.tar").write_bytes(tar_bytes(members))
+    return {"train_shards": str(path), "val_shards": []}
+
+
+def test_tensorboard_has_every_figure_once_after_a_kill(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    interrupt(folder, tmp_path, DriverAt(kill=19), monkeypatch, log={"tensorboard": True})
+    assert run_training(config(folder, output=str(tmp_path), log={"tensorboard": True}), "dvae train") == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    lines = [line for line in metric_lines(tmp_path) if line["kind"] == "train"]
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+    assert [event.step for event in events.Images("reconstructions")] == [9, 18, 24]
+
+
+def test_tensorboard_asked_for_and_missing_is_said_before_anything_starts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TensorBoardMissing, match=r"pip install 'dvae-ray\[tensorboard\]'"):
+        run_training(config(folder, output=str(tmp_path), log={"tensorboard": True}), "dvae train")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_sigterm_stops_within_seconds_with_a_checkpoint_and_the_line_to_go_on(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, output=str(tmp_path / "out"), steps=100_000)))
+    command = [sys.executable, "-m", "jobs.cli", "train", str(path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for(tmp_path / "out" / "metrics.jsonl", driver)
+        os.kill(driver.pid, signal.SIGTERM)
+        said, _ = driver.communicate(timeout=10)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert driver.returncode == 130
+    assert f"train {path}" in said
+    assert TrainOutput(str(tmp_path / "out")).newest_checkpoint() is not None
+    assert not (tmp_path / "out" / "lease.json").exists()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not path.exists():
+        assert process.poll() is None, "ended too early"
+        assert time.monotonic() < give_up_at, f"never {path}"
+        time.sleep(0.02)
