@@ -1,0 +1,128 @@
+"""`dvae train` on Ray Train: several workers, a killed driver, a killed worker, a cluster that is too small."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from make_training import config, metric_lines, settings, weights, write_training_data
+
+from jobs.cluster import ClusterError
+from jobs.train_dvae import run_training
+from jobs.train_output import TrainOutput
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("fast_polls")]
+TWO = {"num_workers": 2}
+MARK = "DVAE_TEST_RUN"  # in the environment of every process that a driver brings about
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_training_data(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path, tmp_path: Path) -> None:
+    """Unequal shards; the undisturbed run goes beside the one that is killed."""
+    steps, mark = 200, uuid.uuid4().hex
+    driver = start_driver(folder, tmp_path / "killed", mark, steps=steps, ray=TWO)
+    calm = config(folder, output=str(tmp_path / "calm"), steps=steps, ray=TWO)
+    try:
+        wait_until(lambda: newest_step(tmp_path / "killed") >= 20, driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert 20 <= newest_step(tmp_path / "killed") < steps
+        assert survivors(mark, patience_s=20) == []
+    finally:
+        end(driver, mark)
+    assert run_training(calm, "dvae train") == 0
+    assert run_training(config(folder, output=str(tmp_path / "killed"), steps=steps, ray=TWO), "dvae train") == 0
+    assert weights(tmp_path / "killed", steps) == weights(tmp_path / "calm", steps)
+    assert metric_lines(tmp_path / "killed") == metric_lines(tmp_path / "calm")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_worker_on_ray_gives_the_same_bits_as_none(folder: Path, tmp_path: Path) -> None:
+    for num_workers in (0, 1):
+        output = str(tmp_path / str(num_workers))
+        assert run_training(config(folder, output=output, ray={"num_workers": num_workers}), "dvae train") == 0
+    assert weights(tmp_path / "0", 24) == weights(tmp_path / "1", 24)
+    assert metric_lines(tmp_path / "0") == metric_lines(tmp_path / "1")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_without_room_is_said_after_the_stated_wait(folder: Path, tmp_path: Path) -> None:
+    ray = {"num_workers": 4, "use_gpu": True, "wait_s": 1}
+    wanted = r"no room for 4 workers with .*'GPU': 1.* within 1 s \(ray\.wait_s\): .* of 2 GPUs free"
+    with pytest.raises(ClusterError, match=wanted) as refused:
+        run_training(config(folder, output=str(tmp_path), ray=ray), "dvae train")
+    assert refused.value.exit_code == 2
+
+
+def start_driver(folder: Path, output: Path, mark: str, **changes: Any) -> subprocess.Popen[str]:
+    """`dvae train` with a Ray of its own, in a session of its own."""
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings(folder, output=str(output), **changes)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "train", str(path)],
+        start_new_session=True,
+        env={**os.environ, MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def newest_step(output: Path) -> int:
+    newest = TrainOutput(str(output)).newest_checkpoint()
+    return 0 if newest is None else int(newest.rpartition("-")[2])
+
+
+def wait_until(there: Callable[[], bool], driver: subprocess.Popen[str], timeout_s: float = 90) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not there():
+        assert driver.poll() is None, f"ended too early: {driver.communicate()[0]}"
+        assert time.monotonic() < give_up_at, "never came"
+        time.sleep(0.005)
+
+
+def marked(mark: str) -> list[int]:
+    """The ids of the processes that have the mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def survivors(mark: str, patience_s: float) -> list[int]:
+    give_up_at = time.monotonic() + patience_s
+    while (left := marked(mark)) and time.monotonic() < give_up_at:
+        time.sleep(0.1)
+    return left
+
+
+def end(driver: subprocess.Popen[str], mark: str) -> None:
+    for process in marked(mark):
+        os.kill(process, signal.SIGKILL)
+    driver.kill()
+    driver.communicate()
