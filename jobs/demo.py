@@ -218,7 +218,7 @@ def _sheet(results: Results) -> bytes:
     return contact_sheet_png(
         {"original": held_out.original_BHWC[places], "from tokens": held_out.decoded_BHWC[places]},
         [held_out.rows[n]["caption"] for n in places],
-        title=f"Held-out tiles: {grid[0]} × {grid[1]} tokens each, of {results.run['codebook_size']} codes · "
+        title=f"Held-out tiles: {grid[0]}x{grid[1]} tokens each, of {results.run['codebook_size']} codes · "
         f"{held_out.psnr_db:.1f} dB over all {len(held_out.rows)}",
     )
 

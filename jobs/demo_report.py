@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ TILES_PER_PHOTOGRAPH = 2
 QUERIES = (
     ("Captions", CAPTIONS, "How many tiles carry which caption, and how many of the codes they use."),
     ("Failures by reason", ERRORS, "Every image that has no tokens is here, with its reason. Nothing else is lost."),
-    ("Most used tokens", MOST_USED, "Flat and dark regions share a few codes; details spread over many."),
+    ("Most used tokens", MOST_USED, "The codes that stand in the most places, and in how many images."),
 )
 
 
@@ -65,8 +66,9 @@ def make_report(results: Results) -> Report:
         tiles_note=(
             "From parts of the photographs that training never saw. Left the tile, right what the decoder makes of its "
             f"tokens alone. Over all {len(results.held_out.rows)} held-out tiles: {results.held_out.psnr_db:.1f} dB; "
-            f"an {run['grid'][0]} × {run['grid'][1]} thumbnail enlarged, with three times the bytes, reaches "
-            f"{results.held_out.thumbnail_psnr_db:.1f} dB."
+            f"a thumbnail of {run['grid'][0]} × {run['grid'][1]} plain pixels, enlarged, reaches "
+            f"{results.held_out.thumbnail_psnr_db:.1f} dB with "
+            f"{24 / math.log2(run['codebook_size']):.1f} times the bits."
         ),
         charts=(_training_chart(results.evaluations), _code_chart(results)),
         tables=tuple(_table(title, note, ask(results.output, query)) for title, query, note in QUERIES),

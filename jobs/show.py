@@ -98,7 +98,7 @@ def sheet_png(rows: Sequence[Row], originals: Sequence[Original], decoder: Decod
         {"original": [one.pixels_HWC for one in originals], "from tokens": decoder.decode(tokens_BHW)},
         [row["key"] for row in rows],
         notes=[str(row.get("caption") or "") for row in rows],
-        title=f"{grid[0]} × {grid[1]} tokens each, of {run['codebook_size']:,} codes · tokenizer {run['tokenizer_id']}",
+        title=f"{grid[0]}x{grid[1]} tokens each, of {run['codebook_size']:,} codes · tokenizer {run['tokenizer_id']}",
     )
 
 
