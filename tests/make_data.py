@@ -82,8 +82,8 @@ def folder_bytes(folder: Path, pattern: str = "*") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def write_checkpoint(folder: Path, seed: int = 0, size: int = 16) -> Path:
-    """A small dVAE with random weights: 2x2 tokens of 64 codes for images of 16 pixels."""
+def write_checkpoint(folder: Path, seed: int = 0, size: int = 16, width: int = 16) -> Path:
+    """A small dVAE with random weights: 2x2 tokens of 64 codes for images of 16 pixels; smaller ones are enlarged."""
     import torch
 
     from model.checkpoint import checkpoint_files
@@ -92,9 +92,9 @@ def write_checkpoint(folder: Path, seed: int = 0, size: int = 16) -> Path:
     from pipeline.images import ImageSpec
 
     torch.manual_seed(seed)
-    config = DVAEConfig(codebook_size=64, width=16, decoder_init=16, blocks_per_group=1, stem="strided")
+    config = DVAEConfig(codebook_size=64, width=width, decoder_init=16, blocks_per_group=1, stem="strided")
     files = checkpoint_files(
-        weights=DVAE(config).state_dict(), dvae_config=config, image_spec=ImageSpec(size=size).to_json(), step=0,
+        weights=DVAE(config).state_dict(), dvae_config=config, image_spec=ImageSpec(size=size, small="upscale").to_json(), step=0,
         training_state=None, extra={},
     )  # fmt: skip
     for name, data in files.items():

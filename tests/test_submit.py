@@ -1,0 +1,115 @@
+"""`dvae submit` on a real Ray Jobs server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from make_data import write_checkpoint, write_shards
+
+from jobs.config import ConfigError
+from jobs.submit import SubmitError, run_submit, submission_id
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head with a Jobs server; gives the environment with which clients find it (Ray reads it when imported)."""
+    ports = free_ports(4)  # other Rays on this machine have the usual ones
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    environment.pop("RAY_ADDRESS", None)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # as in an activated venv
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=4",
+               "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
+               f"--dashboard-agent-listen-port={ports[2]}", f"--ray-client-server-port={ports[3]}",
+               "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats",
+               f"--temp-dir={tmp_path_factory.mktemp('ray')}"]  # fmt: skip
+    log = (tmp_path_factory.mktemp("log") / "head").open("wb")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(f"http://127.0.0.1:{ports[1]}/api/version")
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(30)
+        log.close()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_for(url: str, timeout_s: float = 60) -> None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+    for _ in range(int(timeout_s / 0.2)):
+        try:
+            with urllib.request.urlopen(request, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+def submit(environment: dict[str, str], folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.cli", "submit", "tokenize", "t.yaml", *overrides]
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.server
+def test_a_submitted_job_runs_on_the_cluster_and_its_logs_and_exit_code_come_back(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "shards", [4])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "t.yaml").write_text(
+        f"checkpoint: {checkpoint}\nshards: {tmp_path}/shards\noutput: {tmp_path}/out\nray: {{num_actors: 1}}\n"
+    )
+    done = submit(cluster, tmp_path / "job", "batch_size=4")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 shards · 4 images tokenised" in done.stdout
+    assert len(list((tmp_path / "out" / "tokens").iterdir())) == 1
+
+    refused = submit(cluster, tmp_path / "job", "batch_size=8")
+    assert refused.returncode == 2 and "numerics.batch_size" in refused.stdout
+
+    unknown = submit({**cluster, "RAY_AUTH_TOKEN": TOKEN[::-1]}, tmp_path / "job")
+    assert unknown.returncode == 2 and "token" in unknown.stderr
+
+
+def test_what_is_wrong_is_said_before_anything_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: c\nbatchsize: 3\n")
+    with pytest.raises(ConfigError, match="did you mean batch_size"):
+        run_submit("tokenize", str(tmp_path / "t.yaml"), [], address="http://127.0.0.1:1", follow=True)
+    with pytest.raises(ConfigError, match="train, tokenize"):
+        run_submit("tokenise", str(tmp_path / "t.yaml"), [], address=None, follow=True)
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: c\n")
+    with pytest.raises(SubmitError, match="--address"):
+        run_submit("tokenize", str(tmp_path / "t.yaml"), [], address=None, follow=True)
+
+
+def test_the_submission_id_follows_from_the_output() -> None:
+    assert submission_id("train", "s3://a/b") == submission_id("train", "s3://a/b")
+    assert len({submission_id(kind, url) for kind in ("train", "tokenize") for url in ("s3://a", "s3://b")}) == 4
+    assert os.sep not in submission_id("train", "s3://a/b")
