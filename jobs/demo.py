@@ -113,14 +113,16 @@ def run_demo(folder: str) -> int:
 
 def open_folder(folder: str) -> DemoFolder:
     """Claim the folder, or go on with a demo's. Raises DemoError when it holds something else."""
+    if set(folder) & set("*?[]{}"):
+        raise DemoError(f"--dir {folder!r} would be read as a pattern; name a folder without any of * ? [ ] {{ }}")
     place = DemoFolder(Path(folder))
-    made_of = {"kind": "dvae demo", "tiles": _recipe()}
+    made_of = {"kind": "dvae demo", "tiles": _recipe(), "at": str(place.path.resolve())}  # tokens name their shards
     if place.path.exists() and (not place.path.is_dir() or any(place.path.iterdir())):
         found = place.read_json("demo.json") if place.path.is_dir() else None
         if found is None:
             raise DemoError(f"{folder} is there and is no demo's; name another folder with --dir")
         if found != made_of:
-            raise DemoError(f"{folder} is of another version of the demo; remove it, or name another with --dir")
+            raise DemoError(f"{folder} is of another version of the demo, or was moved; remove it or name another")
     place.write_json("demo.json", made_of)
     return place
 

@@ -165,6 +165,15 @@ def test_a_folder_of_another_version_of_the_demo_is_refused(tmp_path: Path, monk
         open_folder(str(tmp_path / "demo"))
 
 
+def test_a_moved_demo_and_a_folder_that_reads_as_a_pattern_are_refused(tmp_path: Path) -> None:
+    open_folder(str(tmp_path / "demo"))
+    (tmp_path / "demo").rename(tmp_path / "moved")
+    with pytest.raises(DemoError, match="was moved"):
+        open_folder(str(tmp_path / "moved"))
+    with pytest.raises(DemoError, match="pattern"):
+        open_folder(str(tmp_path / "demo{1}"))
+
+
 def train_nothing(config: TrainConfig, command: str) -> int:
     """Stands in for the training: an untrained model, and a line of metrics."""
     import torch
