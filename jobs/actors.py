@@ -90,10 +90,11 @@ class _Call:
 
 
 class ActorPool:
-    """Runs the shards of a Dispatch. Close it, or use it in a `with`."""
+    """Actors for a `with` block, in which any number of Dispatches may be run, one after another."""
 
-    def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings, dispatch: Dispatch) -> None:
-        self._source, self._job, self._settings, self._dispatch = source, job, settings, dispatch
+    def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings) -> None:
+        self._source, self._job, self._settings = source, job, settings
+        self._dispatch = Dispatch((), attempts=1, in_flight_limit=1)
         self._calls: dict[Any, _Call] = {}
         self._probe_at: dict[str, float] = {}
         self._remote = ray.remote(
@@ -119,9 +120,10 @@ class ActorPool:
     def num_ready(self) -> int:
         return sum(slot.ready for slot in self._slots)
 
-    def run(self) -> Iterator[ShardResult | GivenUp]:
+    def run(self, dispatch: Dispatch) -> Iterator[ShardResult | GivenUp]:
         """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, and what
         the tokenizer's loading raises."""
+        self._dispatch = dispatch
         while not self._dispatch.finished:
             self._hand_out()
             done, _ = ray.wait(list(self._calls), timeout=POLL_S)

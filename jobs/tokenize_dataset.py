@@ -128,10 +128,10 @@ class Session:
             settings = pool_settings(config, len(self._plan.todo))
             job = self._job(settings)
             with (
-                ActorPool(source, job, settings, dispatch) as pool,
+                ActorPool(source, job, settings) as pool,
                 JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
             ):
-                for outcome in pool.run():
+                for outcome in pool.run(dispatch):
                     self._record(outcome)
                     progress.advance(1, self._speed(started, rows_before))
 
