@@ -49,8 +49,18 @@ def run_training(config: TrainConfig, command: str) -> int:
     if ending == "stopped":
         console.print(f"[yellow]stopped[/]; go on with\n  {escape(command)}")
         return STOPPED
-    console.print(f"[green]done[/]: {config.steps} steps; the model is in {escape(output.model_folder())}")
+    console.print(
+        f"[green]done[/]: {config.steps} steps{_quality(output)}; the model is in {escape(output.model_folder())}"
+    )
     return FINISHED
+
+
+def _quality(output: TrainOutput) -> str:
+    evaluations = [line for line in output.read_metrics() if line["kind"] == "eval"]
+    if not evaluations:
+        return ""
+    hard, soft, used = (evaluations[-1][name] for name in ("psnr_hard", "psnr_soft", "used_share"))
+    return f", held-out PSNR {hard:.2f} dB from tokens ({soft:.2f} relaxed), {used:.0%} of the codes in use"
 
 
 def _shards(config: TrainConfig) -> tuple[list[ObjectInfo], list[ObjectInfo]]:

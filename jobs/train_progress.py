@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from jobs.progress import JobProgress
@@ -38,25 +38,47 @@ class TrainingFailed(PipelineError):
 
     exit_code = 1
 
+    @classmethod
+    def with_code(cls, message: str, exit_code: int) -> TrainingFailed:
+        error = cls(message)
+        error.exit_code = exit_code
+        return error
 
-@dataclass
-class Board:
-    """What the workers have pinned up for the driver, and the driver for them."""
+
+@dataclass(frozen=True)
+class Notes:
+    """What is pinned to the board."""
 
     status: Status | None = None
-    losses: list[str] = field(default_factory=list)  # of workers, each time with the reason
-    failure: TrainingFailed | None = None
+    losses: tuple[str, ...] = ()  # of workers, with the reason
+    failure: str | None = None  # an error that another start would only repeat
+    exit_code: int = 0
     stopping: bool = False
+
+
+class Board:
+    """Where the workers leave notes for the driver, and the driver for them. Made an actor by train_ray.py, for
+    Train's own controller is one as well and tells the driver nothing before the end."""
+
+    def __init__(self) -> None:
+        self._notes = Notes()
+
+    def read(self) -> Notes:
+        return self._notes
 
     def report(self, status: Status) -> bool:
         """From rank 0. True: stop after this step."""
-        self.status = status
-        return self.stopping
+        self._notes = replace(self._notes, status=status)
+        return self._notes.stopping
+
+    def lose(self, reason: str) -> None:
+        self._notes = replace(self._notes, losses=(*self._notes.losses, reason))
 
     def fail(self, message: str, exit_code: int) -> None:
-        """An error that another start would only repeat."""
-        self.failure = TrainingFailed(message)
-        self.failure.exit_code = exit_code
+        self._notes = replace(self._notes, failure=message, exit_code=exit_code)
+
+    def ask_to_stop(self) -> None:
+        self._notes = replace(self._notes, stopping=True)
 
 
 class StepProgress:

@@ -9,6 +9,7 @@ controller is placed too).
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import ClusterError, connected, describe_resources
 from jobs.train_config import RayConfig
-from jobs.train_progress import Board, Status, StepProgress, TrainingFailed, stop_signals
+from jobs.train_progress import Board, Notes, Status, StepProgress, TrainingFailed, stop_signals
 from jobs.train_ranks import Ranks
 from jobs.train_worker import Ending, TrainJob, train
 from model.config import ModelError
@@ -35,6 +36,7 @@ from pipeline.errors import PipelineError, StorageError
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
+OWN_CLUSTER_WAIT_S = 5.0  # one of this machine alone cannot grow
 STOP_GRACE_S = 60.0  # for the step under way and its checkpoint
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 
@@ -42,9 +44,11 @@ SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 
 def train_on_ray(job: TrainJob) -> Ending:
     """Raises TrainingFailed, ClusterError; KeyboardInterrupt at a second signal."""
     settings = job.config.ray
+    ours = not (ray.is_initialized() or settings.address or os.environ.get("RAY_ADDRESS"))
+    wait_s = min(settings.wait_s, OWN_CLUSTER_WAIT_S) if ours else settings.wait_s
     with connected(settings.address), stop_signals() as stop:
         _warn_of_a_local_output(job.config.output)
-        if not _resources_there(settings, stop):
+        if not _resources_there(settings, wait_s, stop):
             return "stopped"
         with tempfile.TemporaryDirectory(prefix="dvae-train-") as folder, Watch(job.config.steps) as watch:
             ending = _in_thread(_trainer(job, watch.board, folder))
@@ -56,7 +60,7 @@ class Watch:
 
     def __init__(self, steps: int) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(BoardActor).remote()
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         self._shown, self._num_losses = StepProgress(steps), 0
         self._started = False
 
@@ -79,35 +83,13 @@ class Watch:
         return ending.done()
 
     def _look(self) -> None:
-        board: Board = ray.get(self.board.read.remote())
-        for loss in board.losses[self._num_losses :]:
-            log.warning("a worker was lost (training goes on from the newest checkpoint): %s", loss)
-        self._num_losses = len(board.losses)
-        if board.status is not None:
+        notes: Notes = ray.get(self.board.read.remote())
+        for loss in notes.losses[self._num_losses :]:
+            log.warning("a worker was lost; training goes on from the newest checkpoint: %s", loss)
+        self._num_losses = len(notes.losses)
+        if notes.status is not None:
             self._started = True
-            self._shown.show(board.status)
-
-
-class BoardActor:
-    """The board as an actor: its attributes cannot be read from afar."""
-
-    def __init__(self) -> None:
-        self._board = Board()
-
-    def read(self) -> Board:
-        return self._board
-
-    def report(self, status: Status) -> bool:
-        return self._board.report(status)
-
-    def ask_to_stop(self) -> None:
-        self._board.stopping = True
-
-    def lose(self, reason: str) -> None:
-        self._board.losses.append(reason)
-
-    def fail(self, message: str, exit_code: int) -> None:
-        self._board.fail(message, exit_code)
+            self._shown.show(notes.status)
 
 
 @dataclass(frozen=True)
@@ -166,8 +148,9 @@ def _work(arguments: dict[str, Any]) -> Ending | None:
 
 
 def _result(ending: Future[Any], board: Any) -> Ending:
-    if (failure := ray.get(board.read.remote()).failure) is not None:
-        raise failure
+    notes: Notes = ray.get(board.read.remote())
+    if notes.failure is not None:
+        raise TrainingFailed.with_code(notes.failure, notes.exit_code)
     if (error := ending.exception()) is not None:
         raise TrainingFailed(f"training on Ray failed: {error}") from error
     last: Ending = ending.result().return_value
@@ -193,24 +176,24 @@ def _bundle(settings: RayConfig) -> dict[str, float]:
     return {"CPU": settings.cpus_per_worker, **gpus}
 
 
-def _resources_there(settings: RayConfig, stop: threading.Event) -> bool:
+def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) -> bool:
     """Wait for room for all workers (asking for it, so that a cluster that can grow does). False: it was to stop.
-    Raises ClusterError after ray.wait_s."""
+    Raises ClusterError."""
     wanted = f"{settings.num_workers} workers with {_bundle(settings)} each"
     group = placement_group([_bundle(settings)] * settings.num_workers)
-    give_up_at, said = time.monotonic() + settings.wait_s, False
+    give_up_at, said = time.monotonic() + wait_s, False
     try:
         while not group.wait(timeout_seconds=1):
             if stop.is_set():
                 return False
             if time.monotonic() >= give_up_at:
                 raise ClusterError(
-                    f"no room for {wanted} within {settings.wait_s:g} s (ray.wait_s): {describe_resources()}; "
+                    f"no room for {wanted} within {wait_s:g} s (ray.wait_s): {describe_resources()}; "
                     "lower ray.num_workers, set ray.use_gpu=false, or add machines to the cluster"
                 )
             if not said:
                 said = True
-                log.warning("waiting up to %g s for %s: %s", settings.wait_s, wanted, describe_resources())
+                log.warning("waiting up to %g s for %s: %s", wait_s, wanted, describe_resources())
     finally:
         remove_placement_group(group)
     return True

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jobs.train_progress import Status
 from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_tensorboard import TensorBoardMissing
 from jobs.train_worker import TooMuchBadData, TrainJob, train
+from pipeline import storage
 from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch
 from pipeline.lease import Lease
 from pipeline.output import OutputPrefix
@@ -59,7 +61,9 @@ class DriverAt:
         return status.step == self._stop
 
 
-def interrupt(folder: Path, output: Path, driver: DriverAt, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def interrupt(
+    folder: Path, output: Path | str, driver: DriverAt, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> None:
     """Train with a report at every step, until the driver ends it."""
     monkeypatch.setattr(train_worker, "BEAT_S", 0.0)
     settled = config(folder, output=str(output), **changes)
@@ -106,6 +110,19 @@ def test_stopped_saves_a_checkpoint_at_once_and_goes_on_bit_identically(
     assert metric_lines(tmp_path) == metric_lines(folder / "calm")
 
 
+def test_one_worker_in_a_process_group_gives_the_same_bits_as_none(folder: Path, tmp_path: Path) -> None:
+    """What `ray.num_workers=1` runs: DDP around the model, collectives over Gloo."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    finally:
+        distributed.destroy_process_group()
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+    assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+
+
 def test_a_checkpoint_without_its_record_is_passed_over(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +147,16 @@ def test_a_finished_run_says_so_without_torch_and_without_ray(folder: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "all 24 steps are done" in done.stdout
     assert str(folder / "calm" / "model") in done.stdout
+
+
+def test_an_object_store_serves_as_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = f"memory://{uuid.uuid4().hex}/run"
+    interrupt(folder, output, DriverAt(kill=12), monkeypatch)
+    assert run_training(config(folder, output=output), "dvae train") == 0
+    kept = TrainOutput(output).read_metrics()
+    assert [line["step"] for line in kept if line["kind"] == "eval"] == [9, 18, 24]
+    model = storage.read_bytes(storage.join(output, "model", "model.safetensors"))
+    assert model == weights(folder / "calm", STEPS)[2]
 
 
 def test_more_steps_take_a_finished_run_further(folder: Path, tmp_path: Path) -> None:

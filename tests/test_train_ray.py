@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from make_data import write_shards
 from make_training import config, metric_lines, settings, weights, write_training_data
 
 from jobs.cluster import ClusterError
 from jobs.train_dvae import run_training
 from jobs.train_output import TrainOutput
+from jobs.train_progress import TrainingFailed
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("fast_polls")]
 TWO = {"num_workers": 2}
@@ -32,15 +34,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores have enough to do: Train's controller looks more often, and starts no watcher of spot nodes."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path, tmp_path: Path) -> None:
     """Unequal shards; the undisturbed run goes beside the one that is killed."""
-    steps, mark = 200, uuid.uuid4().hex
+    steps, mark = 120, uuid.uuid4().hex
     driver = start_driver(folder, tmp_path / "killed", mark, steps=steps, ray=TWO)
     calm = config(folder, output=str(tmp_path / "calm"), steps=steps, ray=TWO)
     try:
@@ -58,21 +62,57 @@ def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_one_worker_on_ray_gives_the_same_bits_as_none(folder: Path, tmp_path: Path) -> None:
-    for num_workers in (0, 1):
-        output = str(tmp_path / str(num_workers))
-        assert run_training(config(folder, output=output, ray={"num_workers": num_workers}), "dvae train") == 0
-    assert weights(tmp_path / "0", 24) == weights(tmp_path / "1", 24)
-    assert metric_lines(tmp_path / "0") == metric_lines(tmp_path / "1")
-
-
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_without_room_is_said_after_the_stated_wait(folder: Path, tmp_path: Path) -> None:
     ray = {"num_workers": 4, "use_gpu": True, "wait_s": 1}
     wanted = r"no room for 4 workers with .*'GPU': 1.* within 1 s \(ray\.wait_s\): .* of 2 GPUs free"
     with pytest.raises(ClusterError, match=wanted) as refused:
         run_training(config(folder, output=str(tmp_path), ray=ray), "dvae train")
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_is_replaced_within_the_same_run(folder: Path, tmp_path: Path) -> None:
+    steps, mark = 200, uuid.uuid4().hex
+    driver = start_driver(folder, tmp_path / "hurt", mark, steps=steps, ray=TWO)
+    try:
+        wait_until(lambda: newest_step(tmp_path / "hurt") >= 20, driver)
+        os.kill(workers(mark)[0], signal.SIGKILL)
+        said = driver.communicate(timeout=120)[0]
+    finally:
+        end(driver, mark)
+    assert driver.returncode == 0, said
+    assert "a worker was lost" in said
+    assert run_training(config(folder, output=str(tmp_path / "calm"), steps=steps, ray=TWO), "dvae train") == 0
+    assert weights(tmp_path / "hurt", steps) == weights(tmp_path / "calm", steps)
+    assert metric_lines(tmp_path / "hurt") == metric_lines(tmp_path / "calm")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_workers_within_seconds_with_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    driver = start_driver(folder, tmp_path / "out", mark, steps=1_000_000, ray=TWO)
+    try:
+        wait_until(lambda: newest_step(tmp_path / "out") >= 20, driver)
+        os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: the whole group
+        said = driver.communicate(timeout=20)[0]
+        assert survivors(mark, patience_s=5) == []
+    finally:
+        end(driver, mark)
+    assert driver.returncode == 130, said
+    assert f"train {tmp_path / 'out.yaml'}" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_that_would_only_come_again_is_not_tried_again(folder: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "damaged", (5, 9))
+    cut = tmp_path / "damaged" / "made-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:4096])
+    with pytest.raises(TrainingFailed, match=r"made-000001\.tar.*data\.max_failed_shards=0") as failed:
+        run_training(config(folder, output=str(tmp_path / "out"), data={"train_shards": str(tmp_path / "damaged")},
+                            ray={"num_workers": 2, "max_failures": -1}), "dvae train")  # fmt: skip
+    assert failed.value.exit_code == 1
 
 
 def start_driver(folder: Path, output: Path, mark: str, **changes: Any) -> subprocess.Popen[str]:
@@ -112,6 +152,11 @@ def marked(mark: str) -> list[int]:
         except OSError:  # it has just ended
             continue
     return found
+
+
+def workers(mark: str) -> list[int]:
+    names = {process: Path(f"/proc/{process}/cmdline").read_bytes() for process in marked(mark)}
+    return [process for process, name in names.items() if name.startswith(b"ray::RayTrainWorker")]
 
 
 def survivors(mark: str, patience_s: float) -> list[int]:

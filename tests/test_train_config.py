@@ -1,0 +1,67 @@
+"""The settings of `dvae train`: the shipped file is whole, and what cannot be is refused by field and rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_training import settings
+
+from jobs.config import ConfigError, check, load_config
+from jobs.train_config import TrainConfig
+from model.config import Ramp
+
+SHIPPED = Path(__file__).parent.parent / "configs" / "train.yaml"
+
+
+def refused(folder: Path, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        check(TrainConfig, settings(folder, **changes), "train.yaml")
+    return str(error.value)
+
+
+def keys(values: dict[str, Any], prefix: str = "") -> set[str]:
+    below = (keys(value, f"{prefix}{name}.") for name, value in values.items() if isinstance(value, dict))
+    return {prefix + name for name in values}.union(*below)
+
+
+def test_the_shipped_file_names_every_key_once() -> None:
+    import yaml
+
+    shown = yaml.safe_load(SHIPPED.read_text())
+    assert keys(shown) == keys(load_config(TrainConfig, str(SHIPPED)).model_dump(mode="json"))
+
+
+def test_the_shipped_file_is_dalles_recipe() -> None:
+    shipped = load_config(TrainConfig, str(SHIPPED))
+    for section in ("model", "image", "loss", "optim", "schedule"):
+        assert getattr(shipped, section) == TrainConfig.model_fields[section].default
+    assert (shipped.steps, shipped.batch_size, shipped.optim.lr) == (3_000_000, 512, 1e-4)
+
+
+def test_a_ramp_given_in_part_keeps_dalles_other_numbers(tmp_path: Path) -> None:
+    given = check(TrainConfig, settings(tmp_path, schedule={"temperature": {"steps": 10}}), "here")
+    assert given.schedule.temperature == Ramp(1.0, 1 / 16, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 6}, "batch_size 6 is not a multiple of data.num_streams 4"),
+        ({"ray": {"num_workers": 3}}, "data.num_streams 4 is not a multiple of ray.num_workers 3"),
+        ({"data": {"val_shards": []}}, "data.val_shards is empty"),
+        ({"image": {"size": 20}}, "image.size with model.downsample: image size 20 is not a multiple of"),
+        ({"data": {"train_shards": []}}, "data.train_shards"),
+        ({"optim": {"lr": -1}}, "lr -1.0 must be a finite number above 0.0"),
+        ({"schedule": {"temperature": {"steps": 0}}}, "steps 0 must be a whole number of at least 1"),
+        ({"model": {"widht": 8}}, "model.widht: unknown key; did you mean model.width?"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert said in refused(tmp_path, **changes)
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, stepz=5, precision="fp8", log={"every_steps": "often"})
+    assert all(field in message for field in ("stepz", "precision", "log.every_steps"))
