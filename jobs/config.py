@@ -9,10 +9,10 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +21,8 @@ from pipeline.errors import PipelineError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_ANY = "*"  # in a known key: whatever the file calls it there
+_QUOTES = "a value with {…} inside […], or that begins with {, needs quotes"
 
 
 class ConfigError(PipelineError):
@@ -37,9 +39,9 @@ def load_config(kind: type[Settings], path: str | None, overrides: Sequence[str]
     """The settings of `path` with `key.sub=value` overrides on top. Raises ConfigError."""
     values = OmegaConf.create({}) if path is None else _read(path)
     try:
-        merged = OmegaConf.merge(values, OmegaConf.from_dotlist([_checked(o) for o in overrides]))
+        merged = OmegaConf.merge(values, *(_parsed(override) for override in overrides))
         plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path or 'overrides'}: {error}") from error
     return check(kind, plain, path or "the command line")
 
@@ -54,16 +56,19 @@ def check(kind: type[Settings], values: Any, source: str) -> Settings:
         raise ConfigError(f"{source}: " + "\n  ".join(["", *problems]).lstrip(" ")) from error
 
 
-def _read(path: str) -> Any:
+def _read(path: str) -> DictConfig:
     try:
-        return OmegaConf.create(storage.read_bytes(path).decode())
+        values = OmegaConf.create(storage.read_bytes(path).decode())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file{_similar_files(path)}") from error
-    except (IsADirectoryError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no YAML file: {error}") from error
-    except yaml.YAMLError as error:
-        quoted = "; a value with {…} inside […] needs quotes" if "{" in storage.read_bytes(path).decode() else ""
-        raise ConfigError(f"{path} is no valid YAML{quoted}: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as error:  # the last: a number and nothing else
+        quoted = f"; {_QUOTES}" if "{" in storage.read_bytes(path).decode() else ""
+        raise ConfigError(f"{path} is no valid YAML of settings{quoted}: {error}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path} holds a list, not settings: write `key: value` lines")
+    return values
 
 
 def _similar_files(path: str) -> str:
@@ -74,16 +79,20 @@ def _similar_files(path: str) -> str:
     return f"; did you mean {Path(path).with_name(close[0])}?" if close else ""
 
 
-def _checked(override: str) -> str:
+def _parsed(override: str) -> DictConfig:
     key, equals, _ = override.partition("=")
     if not key or not equals:
         raise ConfigError(f"{override!r} is no override: write key=value or key.sub=value")
-    return override
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{override!r} is no valid YAML; {_QUOTES}: {error}") from error
 
 
 def _problem(error: dict[str, Any], known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in _UNKNOWN:
+        known = [_filled(name, error["loc"]) for name in known]
         close = difflib.get_close_matches(key, known, n=1) or _same_last_name(key, known)
         return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     if error["type"] in ("missing", "missing_argument"):
@@ -91,6 +100,11 @@ def _problem(error: dict[str, Any], known: Sequence[str]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     shown = error["input"]
     return f"{key or 'settings'}: {message}" + ("" if isinstance(shown, dict) else f" (got {shown!r})")
+
+
+def _filled(known: str, loc: Sequence[Any]) -> str:
+    names = known.split(".")
+    return ".".join(str(loc[n]) if name == _ANY and n < len(loc) else name for n, name in enumerate(names))
 
 
 def _same_last_name(key: str, known: Sequence[str]) -> list[str]:
@@ -103,8 +117,9 @@ def _known_keys(kind: Any, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a model and of the sections and dataclasses in it."""
     for name, annotation in _annotations(kind):
         yield prefix + name
+        below = f"{prefix}{name}.{_ANY}." if get_origin(annotation) is dict else f"{prefix}{name}."
         for part in (annotation, *get_args(annotation)):
-            yield from _known_keys(part, f"{prefix}{name}.")
+            yield from _known_keys(part, below)
 
 
 def _annotations(kind: Any) -> list[tuple[str, Any]]:

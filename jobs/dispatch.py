@@ -67,8 +67,7 @@ class Dispatch:
         if busy:
             self._draining = self._draining or actor
             return False
-        if self._draining == actor:
-            self._draining = None
+        self._draining = None  # also when it was another: it would wait for ever for a suspect that is gone
         return True
 
     def _hold(self, actor: str, work: Work) -> Work:

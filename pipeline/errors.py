@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.urls import public_text, public_url
+
 
 class PipelineError(Exception):
     """Something outside is wrong; the message names the thing and the remedy. `exit_code` is the command's."""
@@ -28,13 +30,13 @@ class RunHeld(PipelineError):
 
 
 class ShardError(PipelineError):
-    """One shard cannot be read to its end; `reason` is stored with the quarantined shard."""
+    """One shard cannot be read to its end; `reason` is stored with the quarantined shard. Holds no credentials."""
 
     reason = "unreadable"
 
     def __init__(self, url: str, detail: str) -> None:
-        super().__init__(url, detail)  # both, so that the exception survives pickling between processes
-        self.url, self.detail = url, detail
+        self.url, self.detail = public_url(url), public_text(detail)
+        super().__init__(self.url, self.detail)  # both, so that the exception survives pickling between processes
 
     def __str__(self) -> str:
         return f"{self.url}: {self.detail}"

@@ -1,11 +1,12 @@
 """Image bytes -> RGB uint8 pixels, by a stated policy. Owns Pillow (pictures.py draws with it).
 
 The policy, part of the image spec's version:
-EXIF orientation is applied · animations give their first frame · alpha (also palettes with a transparent
-colour) is laid over white · CMYK, YCbCr, LAB, palette, grey and 1-bit are converted by Pillow without colour
-profiles · 16-bit grey is scaled to 8 bits with rounding · 32-bit integer and float images are refused · an
-image of more than MAX_PIXELS is refused before it is decoded · a truncated image is refused, never filled up
-· a shorter side under the target is refused or enlarged, as the spec says.
+the formats are those of FORMATS, told by content and not by name · EXIF orientation is applied · animations
+give their first frame · alpha (also palettes with a transparent colour) is laid over white · CMYK, YCbCr, LAB,
+palette, grey and 1-bit are converted by Pillow without colour profiles · 16-bit grey is scaled to 8 bits with
+rounding · 32-bit integer and float images are refused · an image of more than MAX_PIXELS is refused before it is
+decoded, or enlarged · a truncated image is refused, never filled up · a shorter side under the target is refused
+or enlarged, as the spec says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from pipeline.records import FailureReason
 
 IMAGE_SPEC_VERSION = 1
 MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a decompression bomb
+
+# Not all that Pillow knows: some of its readers run programs (EPS), take almost any bytes for an image (TGA), or fill
+# up what is missing (JPEG 2000).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
 # What a damaged file can make Pillow raise beside OSError: its plugins parse hostile bytes in Python.
 _DAMAGED = (
@@ -140,16 +145,14 @@ def _dalle_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDAr
 def open_rgb(data: bytes) -> Image.Image:
     """The first frame, upright, as RGB over white. Raises SampleError."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise SampleError(FailureReason.NOT_AN_IMAGE, "no image format that is known") from error
     except Image.DecompressionBombError as error:
         raise SampleError(FailureReason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS} pixels") from error
     except _DAMAGED as error:
         raise SampleError(FailureReason.UNDECODABLE, _describe(error)) from error
-    if image.width * image.height > MAX_PIXELS:
-        message = f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
-        raise SampleError(FailureReason.TOO_MANY_PIXELS, message)
+    _refuse_bomb(image.width, image.height)
     try:
         return _to_rgb(_upright(image))
     except _DAMAGED as error:
@@ -157,6 +160,11 @@ def open_rgb(data: bytes) -> Image.Image:
         cut = "truncated" in message.lower() or isinstance(error, EOFError)
         reason = FailureReason.TRUNCATED_IMAGE if cut else FailureReason.UNDECODABLE
         raise SampleError(reason, message) from error
+
+
+def _refuse_bomb(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise SampleError(FailureReason.TOO_MANY_PIXELS, f"{width}x{height} is more than {MAX_PIXELS} pixels")
 
 
 def _describe(error: Exception) -> str:
@@ -205,6 +213,7 @@ def _filter(spec: ImageSpec) -> Image.Resampling:
 def _resize_shorter_side(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     ratio = size / min(image.size)
     width, height = (max(size, round(ratio * side)) for side in image.size)
+    _refuse_bomb(width, height)  # a thin line may be enlarged into one
     return image if (width, height) == image.size else image.resize((width, height), resample)
 
 

@@ -53,18 +53,19 @@ class Lease:
         if holder is not None and not _is_dead(holder):
             age_s = max(0.0, time.time() - float(holder.get("renewed", 0)))
             raise RunHeld(
-                f"{self._url}: another driver (process {holder.get('pid')} on {holder.get('host')}) holds this run, "
+                f"{storage.public_url(self._url)}: another driver (process {holder.get('pid')} on "
+                f"{holder.get('host')}) holds this run, "
                 f"renewed {age_s:.0f} s ago; wait for it, or stop it (its lease ends {EXPIRY_S:.0f} s after that)"
             )
         storage.publish(self._url, self._content())
         if (_read(self._url) or {}).get("writer") != self._writer:
-            raise RunHeld(f"{self._url}: another driver took this run at the same moment")
+            raise RunHeld(f"{storage.public_url(self._url)}: another driver took this run at the same moment")
 
     def _keep(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
                 storage.publish(self._url, self._content())
-            except StorageError as error:  # the run itself will meet the same store and say so
+            except (StorageError, OSError) as error:  # the run itself will meet the same store and say so
                 log.warning("lease not renewed: %s", error)
 
     def _content(self) -> bytes:
@@ -77,7 +78,7 @@ def _read(url: str) -> dict[str, Any] | None:
         return dict(json.loads(storage.read_bytes(url)))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -11,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.errors import StorageError
 from pipeline.output import OutputPrefix
 from pipeline.records import ShardResult, ShardState
 
-COMPACT_SEGMENTS = 64  # more than this many are merged into one when a run begins
+COMPACT_SEGMENTS = 64  # more than this many are merged into one, when a run begins and while it goes on
+SEGMENT_READERS = 16
+LISTINGS = 5
 
 LEDGER_SCHEMA = pa.schema([
     ("shard", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string()), ("state", pa.string()),
@@ -30,37 +34,61 @@ class Ledger:
 
     def __init__(self, output: OutputPrefix) -> None:
         self._output = output
-        self._next_number = 1
+        self._next_number: int | None = None
+        self._appended: list[str] = []  # since the last merge
 
     def read(self) -> dict[str, ShardResult]:
         """The newest row of each shard, by shard URL."""
-        rows: dict[str, ShardResult] = {}
-        for url in self._segments():
-            for row in _read_segment(url):
-                rows[row.shard] = row
-        return rows
+        for _ in range(LISTINGS):
+            try:
+                return _newest_rows(self._segments())
+            except FileNotFoundError:  # its driver merged it away after it was listed here
+                continue
+        raise StorageError(f"{storage.public_url(self._output.ledger_folder())} changes faster than it can be read")
 
     def append(self, results: Iterable[ShardResult]) -> None:
         """Publish one more segment; nothing when there is nothing to say."""
         if rows := list(results):
-            storage.publish(self._segment_url(self._next_number), _segment_bytes(rows))
-            self._next_number += 1
+            self._appended.append(self._publish(rows))
+        if len(self._appended) > COMPACT_SEGMENTS:
+            self._merge(self._appended)
 
     def compact(self) -> None:
         """Merge many segments into one. Killed in between, rows stand in both, which says the same."""
         segments = self._segments()
         if len(segments) > COMPACT_SEGMENTS:
-            self.append(self.read().values())
-            for url in segments:
-                storage.remove(url)
+            self._merge(segments)
+
+    def _merge(self, segments: list[str]) -> None:
+        """`segments` are the newest, or all: the merged rows come after every other."""
+        self._publish(list(_newest_rows(segments).values()))
+        for url in segments:
+            storage.remove(url)
+        self._appended = []
+
+    def _publish(self, rows: list[ShardResult]) -> str:
+        if self._next_number is None:
+            self._segments()
+        url = storage.join(self._output.ledger_folder(), f"{self._next_number:08d}.parquet")
+        storage.publish(url, _segment_bytes(rows))
+        self._next_number = _number(url) + 1
+        return url
 
     def _segments(self) -> list[str]:
-        urls = [info.url for info in storage.list_files(self._output.ledger_folder())]
-        self._next_number = 1 + max((int(storage.base_name(url).partition(".")[0]) for url in urls), default=0)
+        urls = [info.url for info in storage.list_files(self._output.ledger_folder()) if _number(info.url)]
+        self._next_number = 1 + max(map(_number, urls), default=0)
         return urls
 
-    def _segment_url(self, number: int) -> str:
-        return storage.join(self._output.ledger_folder(), f"{number:08d}.parquet")
+
+def _number(url: str) -> int:
+    """Of a segment, from 1 on; 0 for any other file."""
+    stem, _, suffix = storage.base_name(url).partition(".")
+    return int(stem) if suffix == "parquet" and stem.isdecimal() else 0
+
+
+def _newest_rows(segments: list[str]) -> dict[str, ShardResult]:
+    with ThreadPoolExecutor(SEGMENT_READERS) as executor:
+        return {row.shard: row for rows in executor.map(_read_segment, segments) for row in rows}
 
 
 def _segment_bytes(rows: list[ShardResult]) -> bytes:
@@ -71,11 +99,17 @@ def _segment_bytes(rows: list[ShardResult]) -> bytes:
 
 
 def _plain(row: ShardResult) -> dict[str, Any]:
-    return {**asdict(row), "state": row.state.value}
+    message = None if row.message is None else storage.public_text(row.message)
+    return {**asdict(row), "state": row.state.value, "message": message}
 
 
 def _read_segment(url: str) -> list[ShardResult]:
-    table = pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=LEDGER_SCHEMA)
+    data = storage.read_bytes(url)
+    try:
+        table = pq.read_table(io.BytesIO(data), schema=LEDGER_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        remedy = "remove it: the parts say again what it said"
+        raise StorageError(f"{storage.public_url(url)} is no segment of a ledger; {remedy} ({error})") from error
     columns = {name: table[name].to_pylist() for name in LEDGER_SCHEMA.names}
     columns["state"] = [ShardState(state) for state in columns["state"]]
     return [ShardResult(*values) for values in zip(*columns.values(), strict=True)]

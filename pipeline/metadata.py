@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ ColumnType = Literal["string", "int32", "int64", "float32", "float64", "bool"]
 
 OWN_COLUMNS = frozenset({"key", "shard", "index", "tokens", "width", "height", "offset", "size"})
 _INTEGER_LIMITS = {"int32": 2**31, "int64": 2**63}
+_FLOAT32_MAX = 3.4028235677973366e38  # what lies at or above it rounds to infinity
 
 
 class MetadataError(Exception):
@@ -27,7 +29,7 @@ class MetadataColumn:
     type: ColumnType = "string"
 
     def __post_init__(self) -> None:
-        if self.name in OWN_COLUMNS or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.name):
+        if self.name.lower() in OWN_COLUMNS or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.name):
             raise ValueError(f"metadata column {self.name!r} is not a free name of letters, digits and _")
         if not all(self.source.split(".")):
             raise ValueError(f"metadata column {self.name!r}: from {self.source!r} is not txt or json.field")
@@ -78,8 +80,9 @@ def _value(found: Any, column: MetadataColumn) -> Any:
 def _typed(value: Any, column: MetadataColumn) -> Any:
     try:
         return _CONVERT[column.type](value, column.type)
-    except (ValueError, OverflowError) as error:
-        raise MetadataError(f"{column.source} is {str(value)[:80]!r}, not {column.type}") from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        shown = repr(value)[:80] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+        raise MetadataError(f"{column.source} is {shown}, not {column.type}") from error
 
 
 def _string(value: Any, _: str) -> str:
@@ -96,10 +99,11 @@ def _integer(value: Any, type_name: str) -> int:
     return int(number)
 
 
-def _float(value: Any, _: str) -> float:
-    if isinstance(value, bool):
+def _float(value: Any, type_name: str) -> float:
+    number = float(_number(value, float))
+    if isinstance(value, bool) or (type_name == "float32" and _FLOAT32_MAX <= abs(number) < math.inf):
         raise ValueError(value)
-    return float(_number(value, float))
+    return number
 
 
 def _number(value: Any, kind: type[int] | type[float]) -> int | float:

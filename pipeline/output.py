@@ -49,7 +49,9 @@ def part_name(shard_url: str) -> str:
     stem = storage.base_name(url)
     for suffix in storage.SHARD_SUFFIXES:
         stem = stem.removesuffix(suffix)
-    return f"{_UNSAFE.sub('_', stem)[:100]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"
+    # Readers of a folder of Parquet files pass over names that begin with a dot or an underscore.
+    stem = _UNSAFE.sub("_", stem).lstrip("._")[:100] or "shard"
+    return f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def claim(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -
             return
         stored = read_run(output) or {}
     check_run(output, stored, run, accept_numerics=accept_numerics)
-    used = stored["numerics"]
+    used = stored.get("numerics") or []
     if dict(run.numerics) not in used:
         storage.publish(output.file("run.json"), _run_json(run, [*used, dict(run.numerics)]))
 
@@ -95,14 +97,15 @@ def _read_json(url: str) -> dict[str, Any] | None:
         return dict(json.loads(storage.read_bytes(url)))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise StorageError(f"{url} is damaged: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{storage.public_url(url)} is damaged: {error}") from error
 
 
 def check_run(output: OutputPrefix, stored: dict[str, Any], run: RunDescription, *, accept_numerics: bool) -> None:
+    where = storage.public_url(output.url)
     for name, here, there in _differences("", run.identity(), {k: v for k, v in stored.items() if k != "numerics"}):
         raise RunMismatch(
-            f"{output.url} holds another run: {name} is {there!r} there and {here!r} here; "
+            f"{where} holds another run: {name} is {there!r} there and {here!r} here; "
             "choose another output, or go back to the settings of that run"
         )
     used = stored.get("numerics") or [{}]
@@ -110,7 +113,7 @@ def check_run(output: OutputPrefix, stored: dict[str, Any], run: RunDescription,
         return
     name, here, there = next(_differences("numerics.", dict(run.numerics), used[-1]))
     raise RunMismatch(
-        f"{output.url} was made with {name} {there!r}, here it is {here!r}: tokens may differ near ties; "
+        f"{where} was made with {name} {there!r}, here it is {here!r}: tokens may differ near ties; "
         "go back to that setting, or accept it with accept_numerics=true (which is recorded)"
     )
 
@@ -127,7 +130,8 @@ def _differences(prefix: str, here: Mapping[str, Any], there: Mapping[str, Any])
 def _refuse_unknown_parts(output: OutputPrefix) -> None:
     if storage.list_files(output.tokens_folder()):
         raise RunMismatch(
-            f"{output.url} has parts but no run.json, so nobody knows what made them; choose another output"
+            f"{storage.public_url(output.url)} has parts but no run.json, so nobody knows what made them; "
+            "choose another output"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class ShardTask:
 @dataclass(frozen=True)
 class Plan:
     """`todo` and `done` together are all the shards. `adopted` are those of `done` whose part was there without
-    a row in the ledger (a kill in between)."""
+    a row in the ledger, or newer than it (a kill in between)."""
 
     todo: tuple[ShardTask, ...]
     done: tuple[ShardResult, ...]
@@ -43,10 +43,15 @@ def make_plan(shards: Iterable[ObjectInfo], output: OutputPrefix, ledger: Ledger
     """One listing of tokens/ and of errors/, the ledger, and one footer for each part that it doesn't know."""
     parts, errors, rows = listed(output.tokens_folder()), listed(output.errors_folder()), ledger.read()
     named = _by_part(shards)
-    done = {name: row for name, shard in named.items() if (row := _done(name, shard, parts, rows))}
-    unknown = [name for name, shard in named.items() if name in parts and storage.public_url(shard.url) not in rows]
+    known = {name: rows.get(storage.public_url(shard.url)) for name, shard in named.items()}
+    done = {
+        name: row
+        for name, row in known.items()
+        if row is not None and _is_done(row, named[name], parts.get(name), has_errors=name in errors)
+    }
+    unknown = [name for name in named if name in parts and name not in done and not _is_quarantined(known[name])]
     with ThreadPoolExecutor(FOOTER_READERS) as executor:
-        found = executor.map(lambda name: _adopt(named[name], parts[name]), unknown)
+        found = executor.map(lambda name: _adopt(named[name], parts[name], has_errors=name in errors), unknown)
         adopted = {name: row for name, row in zip(unknown, found, strict=True) if row is not None}
     todo = (
         ShardTask(shard, name, name in errors)
@@ -61,27 +66,32 @@ def _by_part(shards: Iterable[ObjectInfo]) -> dict[str, ObjectInfo]:
     for shard in shards:
         other = named.setdefault(part_name(shard.url), shard)
         if other is not shard:
-            raise RunMismatch(f"{shard.url} and {other.url} would have the same part: give one another name")
+            one, two = storage.public_url(shard.url), storage.public_url(other.url)
+            raise RunMismatch(f"{one} and {two} would have the same part: give one of them another name")
     return named
 
 
-def _done(
-    name: str, shard: ObjectInfo, parts: Mapping[str, ObjectInfo], rows: Mapping[str, ShardResult]
-) -> ShardResult | None:
-    row = rows.get(storage.public_url(shard.url))
-    whole = row is not None and name in parts and parts[name].size_bytes == row.part_bytes
-    if row is None or not whole or row.state is not ShardState.DONE:
-        return None
-    return row if (row.size_bytes, row.etag) == (shard.size_bytes, shard.etag) else None
+def _is_done(row: ShardResult, shard: ObjectInfo, part: ObjectInfo | None, *, has_errors: bool) -> bool:
+    """The row is of these very bytes of the shard, and what it promises is there."""
+    same_shard = (row.size_bytes, row.etag) == (shard.size_bytes, shard.etag)
+    whole = part is not None and part.size_bytes == row.part_bytes
+    return row.state is ShardState.DONE and same_shard and whole and has_errors == (row.num_failed > 0)
 
 
-def _adopt(shard: ObjectInfo, part: ObjectInfo) -> ShardResult | None:
-    """The ledger row of a part that the ledger doesn't know; None when it is of other shard bytes or torn."""
+def _is_quarantined(row: ShardResult | None) -> bool:
+    """Then the errors file may be older than the part, so that nobody knows whether they belong together."""
+    return row is not None and row.state is ShardState.QUARANTINED
+
+
+def _adopt(shard: ObjectInfo, part: ObjectInfo, *, has_errors: bool) -> ShardResult | None:
+    """The ledger row of a part that the ledger doesn't know; None when it is of other shard bytes, or torn, or
+    its errors file isn't there."""
     try:
         footer = read_footer(part.url)
     except ValueError:
         return None
-    if (footer["shard_size"], footer["shard_etag"]) != (shard.size_bytes, shard.etag):
+    same_shard = (footer["shard_size"], footer["shard_etag"]) == (shard.size_bytes, shard.etag)
+    if not same_shard or has_errors != (footer["num_failed"] > 0):
         return None
     return ShardResult(
         storage.public_url(shard.url), shard.size_bytes, shard.etag, ShardState.DONE,

@@ -24,6 +24,10 @@ def split_key(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
+def _extension(name: str) -> str:
+    return (split_key(name) or ("", ""))[1]
+
+
 def read_samples(
     shard: ObjectInfo,
     *,
@@ -36,7 +40,7 @@ def read_samples(
     must then be thrown away."""
 
     def wanted(name: str) -> int:
-        extension = (split_key(name) or ("", ""))[1]
+        extension = _extension(name)
         if _image_rank(extension, image_extensions) is not None:
             return MAX_IMAGE_BYTES
         return MAX_METADATA_BYTES if extension in metadata_extensions else 0
@@ -83,14 +87,11 @@ def _sample(
     repeated: bool,
 ) -> RawSample:
     image, failure, detail = _choose_image(group, image_extensions)
+    metadata, metadata_failure, metadata_detail = _choose_metadata(group, metadata_extensions)
+    if failure is None:
+        failure, detail = metadata_failure, metadata_detail
     if repeated:
         failure, detail = FailureReason.DUPLICATE_KEY, f"the key {key!r} came before in this shard"
-    extensions = ((split_key(m.name) or ("", ""))[1] for m in group)
-    metadata = {
-        extension: member.data
-        for extension, member in zip(extensions, group, strict=True)
-        if extension in metadata_extensions and member.data is not None
-    }
     if image is None:
         return RawSample(key, index, None, 0, None, metadata, failure, detail)
     data = None if failure else image.data
@@ -100,7 +101,7 @@ def _sample(
 def _choose_image(
     group: list[Member], image_extensions: Collection[str]
 ) -> tuple[Member | None, FailureReason | None, str]:
-    ranked = [(_image_rank((split_key(m.name) or ("", ""))[1], image_extensions), m) for m in group]
+    ranked = [(_image_rank(_extension(m.name), image_extensions), m) for m in group]
     best = min((rank for rank, _ in ranked if rank is not None), default=None)
     images = [member for rank, member in ranked if rank == best and rank is not None]
     names = ", ".join(member.name for member in images)
@@ -113,3 +114,22 @@ def _choose_image(
     if images[0].data is None:
         return images[0], FailureReason.TOO_MANY_BYTES, f"{names} has {images[0].size} bytes"
     return images[0], None, ""
+
+
+def _choose_metadata(
+    group: list[Member], metadata_extensions: Collection[str]
+) -> tuple[dict[str, bytes], FailureReason | None, str]:
+    """What is there and cannot be had is a failure: only what is not there may become a null."""
+    found: dict[str, bytes] = {}
+    for member in group:
+        extension = _extension(member.name)
+        if extension not in metadata_extensions:
+            continue
+        if not member.is_file:
+            return found, FailureReason.UNSUPPORTED_MEMBER, f"{member.name} is a link or a device, not a file"
+        if member.data is None:
+            return found, FailureReason.TOO_MANY_BYTES, f"{member.name} has {member.size} bytes"
+        if extension in found:
+            return found, FailureReason.BAD_METADATA, f"{member.name} is there twice"
+        found[extension] = member.data
+    return found, None, ""

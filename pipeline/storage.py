@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+from fsspec.implementations.local import LocalFileSystem
 
+from pipeline import local_disk
 from pipeline.errors import NoShardsMatched, StorageError
 from pipeline.records import ObjectInfo
+from pipeline.urls import base_name as base_name
+from pipeline.urls import glob_folder, is_glob, is_web
+from pipeline.urls import is_local as is_local
+from pipeline.urls import join as join
+from pipeline.urls import normalize as normalize
+from pipeline.urls import public_text as public_text
+from pipeline.urls import public_url as public_url
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 READ_BLOCK_BYTES = 8 << 20
+_CONTENT_MARKS = ("ETag", "etag", "md5Hash", "mtime", "created", "Last-Modified")
 _EXTRAS = {
     "s3": "s3",
     "s3a": "s3",
@@ -32,35 +39,6 @@ _EXTRAS = {
     "abfs": "azure",
     "abfss": "azure",
 }
-
-
-def normalize(url: str) -> str:
-    """The one spelling of a URL: local paths absolute and without `file://`, no trailing slash."""
-    if url.startswith("file://"):
-        url = url.removeprefix("file://")
-    if "://" not in url:
-        return os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
-    return url.rstrip("/")
-
-
-def public_url(url: str) -> str:
-    """`url` without query string, fragment and credentials: what may be hashed, stored and shown."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def join(url: str, *names: str) -> str:
-    return "/".join([url.rstrip("/"), *names])
-
-
-def base_name(url: str) -> str:
-    return PurePosixPath(urlsplit(url).path if "://" in url else url).name
-
-
-def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -84,7 +62,8 @@ def _named(action: str, url: str) -> Iterator[None]:
     except (FileNotFoundError, StorageError):
         raise
     except Exception as error:  # each store's client raises its own kinds, botocore's are no OSError
-        raise StorageError(f"cannot {action} {public_url(url)}: {type(error).__name__}: {error}") from error
+        message = f"cannot {action} {public_url(url)}: {type(error).__name__}: {error}"
+        raise StorageError(public_text(message)) from error
 
 
 def read_bytes(url: str) -> bytes:
@@ -120,7 +99,7 @@ def publish(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     with _named("write", url):
         if is_local(url):
-            _with_temporary(Path(path), data, os.replace)
+            local_disk.write_whole(Path(path), data)
         else:
             fs.pipe_file(path, data)
 
@@ -132,7 +111,7 @@ def create(url: str, data: bytes) -> bool:
     with _named("create", url):
         try:
             if is_local(url):
-                _with_temporary(Path(path), data, os.link)
+                local_disk.create_whole(Path(path), data)
             else:
                 fs.pipe_file(path, data, mode="create")
         except OSError as error:
@@ -141,19 +120,6 @@ def create(url: str, data: bytes) -> bool:
             fs.invalidate_cache()
             return bool(fs.cat_file(path) == data)
     return True
-
-
-def _with_temporary(path: Path, data: bytes, finish: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        finish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove(url: str) -> None:
@@ -169,32 +135,56 @@ def remove(url: str) -> None:
 def remove_temporaries(prefix_url: str) -> None:
     """Remove what a killed `publish` left on a local disk. Only for whoever holds the prefix."""
     if is_local(prefix_url):
-        for path in Path(normalize(prefix_url)).rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        local_disk.remove_temporaries(Path(normalize(prefix_url)))
+
+
+class _LocalListing(LocalFileSystem):  # type: ignore[misc]
+    """fsspec's own leaves out a folder that cannot be read, and takes a link to a file for no file."""
+
+    def info(self, path: Any, **options: Any) -> dict[str, Any]:
+        try:
+            return cast(dict[str, Any], super().info(os.fspath(path), **options))
+        except FileNotFoundError:
+            if not Path(path).is_symlink():
+                raise
+            return {"name": os.fspath(path), "size": 0, "type": "file"}  # reading it says what is missing
+
+    def ls(self, path: str, detail: bool = False, **options: Any) -> list[Any]:
+        try:
+            return cast(list[Any], super().ls(path, detail, **options))
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # another kind, for fsspec's walk passes over this one
+            raise StorageError(f"cannot list {path}: {error}") from error
+
+
+def _listing(url: str) -> tuple[Any, str]:
+    """The file system to list `url` with, nothing of it cached, and the path."""
+    fs, path = filesystem(url)
+    if is_local(url):
+        return _LocalListing(), path
+    fs.invalidate_cache()
+    return fs, path
 
 
 def list_files(prefix_url: str) -> list[ObjectInfo]:
     """All objects below a prefix, in name order; none when there is no such prefix. Never from a cache."""
-    fs, path = filesystem(prefix_url)
+    fs, path = _listing(prefix_url)
     with _named("list", prefix_url):
-        fs.invalidate_cache()
         try:
             found = fs.find(path, detail=True)
         except FileNotFoundError:
             return []
-    infos = (_info(fs, prefix_url, entry) for entry in found.values())
-    return sorted((i for i in infos if not _is_temporary(i.url)), key=lambda info: info.url)
+    infos = (_info(normalize(prefix_url), path, {**entry, "name": name}) for name, entry in found.items())
+    return sorted((i for i in infos if not local_disk.is_temporary(base_name(i.url))), key=lambda info: info.url)
 
 
-def _is_temporary(url: str) -> bool:
-    name = base_name(url)
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def _info(fs: Any, like_url: str, entry: dict[str, Any]) -> ObjectInfo:
+def _info(folder_url: str, folder_path: str, entry: dict[str, Any]) -> ObjectInfo:
+    """The store's own name (`bucket/key`) becomes a URL spelled as the one that was listed, for stores leave out
+    the scheme, the host and the account."""
     name = str(entry["name"])
-    url = name if is_local(like_url) or "://" in name else str(fs.unstrip_protocol(name))
-    mark = next((entry[k] for k in ("ETag", "etag", "md5Hash", "mtime", "created") if entry.get(k)), "")
+    url = name if "://" in name or is_local(folder_url) else folder_url + name.removeprefix(folder_path)
+    mark = next((entry[k] for k in _CONTENT_MARKS if entry.get(k)), "")
     return ObjectInfo(url, int(entry.get("size") or 0), str(mark).strip('"'))
 
 
@@ -213,27 +203,28 @@ def _expand_one(pattern: str) -> list[ObjectInfo]:
         urls = [normalize(url) for url in braceexpand(pattern)]
     except UnbalancedBracesError as error:
         raise NoShardsMatched(f"shard pattern {pattern!r} has unbalanced braces") from error
-    globs = [url for url in urls if re.search(r"[*?\[]", url)]
-    named = [url for url in urls if url not in set(globs)]
-    infos = [info for url in globs for info in _glob(url)] + _look_up(named)
-    if not infos:
-        raise NoShardsMatched(f"shard pattern {pattern!r} matches nothing; {_hint(pattern)}")
-    return infos
+    globs = [info for url in urls if is_glob(url) for info in _glob(url)]
+    return globs + _look_up([url for url in urls if not is_glob(url)])
 
 
-def _hint(pattern: str) -> str:
-    if is_local(pattern):
-        folder = Path(normalize(re.split(r"[*?\[{]", pattern)[0] + "x")).parent
+def _hint(url: str) -> str:
+    if is_local(url):
+        folder = Path(glob_folder(url) if is_glob(url) else url.rpartition("/")[0])
         return f"the folder {folder} " + ("holds no such file" if folder.is_dir() else "does not exist")
     return "check the bucket, the prefix and the credentials"
 
 
 def _glob(url: str) -> list[ObjectInfo]:
-    fs, path = filesystem(url)
+    fs, path = _listing(url)
     with _named("list", url):
-        fs.invalidate_cache()
         entries = fs.glob(path, detail=True).values()
-    return [_info(fs, url, entry) for entry in entries if entry["type"] == "file"]
+    folder = glob_folder(url)
+    start = "" if folder.endswith("://") else filesystem(folder)[1]
+    infos = [_info(folder, start, entry) for entry in entries if entry["type"] == "file"]
+    if not infos:
+        shown = public_url(url) if is_web(url) else url
+        raise NoShardsMatched(f"shard pattern {shown!r} matches nothing; {_hint(url)}")
+    return infos
 
 
 def _look_up(urls: list[str]) -> list[ObjectInfo]:
@@ -246,29 +237,36 @@ def _look_up(urls: list[str]) -> list[ObjectInfo]:
             listings[folder] = _list_folder(folder)
         if url in listings[folder]:
             infos.append(listings[folder][url])
-        elif below := [i for i in _stat_or_list(url) if i.url == url or i.url.endswith(SHARD_SUFFIXES)]:
-            infos += below
         else:
-            raise NoShardsMatched(f"shard {public_url(url)} does not exist; {_hint(url)}")
+            infos += _shards_of(url, _stat_or_list(url))
     return infos
 
 
+def _shards_of(url: str, below: list[ObjectInfo]) -> list[ObjectInfo]:
+    if not below:
+        raise NoShardsMatched(f"shard {public_url(url)} does not exist; {_hint(url)}")
+    shards = [info for info in below if info.url == url or info.url.endswith(SHARD_SUFFIXES)]
+    if not shards:
+        suffixes = ", ".join(SHARD_SUFFIXES)
+        raise NoShardsMatched(f"{public_url(url)} holds no shard: none of its files ends with {suffixes}")
+    return shards
+
+
 def _list_folder(folder: str) -> dict[str, ObjectInfo]:
-    if folder.startswith(("http://", "https://")):  # no listing there: each is asked for by itself
+    if is_web(folder):  # no listing there: each is asked for by itself
         return {}
-    fs, path = filesystem(folder)
+    fs, path = _listing(folder)
     with _named("list", folder):
-        fs.invalidate_cache()
         try:
             entries = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-    infos = (_info(fs, folder, entry) for entry in entries if entry["type"] == "file")
+    infos = (_info(folder, path, entry) for entry in entries if entry["type"] == "file")
     return {info.url: info for info in infos}
 
 
 def _stat_or_list(url: str) -> list[ObjectInfo]:
-    if not url.startswith(("http://", "https://")):
+    if not is_web(url):
         return list_files(url)
     fs, path = filesystem(url)
     with _named("look for", url):
@@ -276,4 +274,4 @@ def _stat_or_list(url: str) -> list[ObjectInfo]:
             entry = fs.info(path)
         except FileNotFoundError:
             return []
-    return [_info(fs, url, {**entry, "name": url})]
+    return [_info(url, path, {**entry, "name": url})]

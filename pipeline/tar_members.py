@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from pipeline.errors import ShardDamaged, ShardTruncated, ShardUnreadable, StorageError
+from pipeline.errors import ShardDamaged, ShardTruncated, ShardUnreadable
 from pipeline.records import ObjectInfo
 
 BLOCK = 512
 SKIP_CHUNK_BYTES = 1 << 20
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
+MAX_PADDING_BYTES = 1 << 20  # writers fill up to 10 KiB; more zeros are what a crash leaves of lost data
 _REGULAR, _LINKS, _DIRECTORY = b"0\x007", b"12", b"5"
 _DEVICES = b"346"  # character and block devices, pipes
 _ZEROS = bytes(BLOCK)
@@ -62,10 +63,10 @@ def tar_members(
         overrides = {}
         if header.type in _REGULAR or header.type in _LINKS or header.type in _DEVICES:
             yield _member(header, reader, wanted)
-        elif header.type == _DIRECTORY:
-            reader.skip(header.size)
-        else:
+        elif header.type != _DIRECTORY:  # a directory has no data, whatever its size field says
             raise ShardDamaged(shard.url, f"member {header.name!r} has type {header.type!r}, not supported")
+    if overrides:
+        raise ShardDamaged(shard.url, "ends behind an extended header, whose member is missing")
     reader.finish(require_end_marker)
 
 
@@ -98,7 +99,7 @@ class _Reader:
             raise ShardTruncated(self._shard.url, f"the gzip stream is cut: {error}") from error
         except (gzip.BadGzipFile, zlib.error) as error:
             raise ShardDamaged(self._shard.url, f"not a good gzip stream: {error}") from error
-        except (OSError, StorageError) as error:
+        except Exception as error:  # each store's client raises its own kinds, botocore's are no OSError
             raise ShardUnreadable(self._shard.url, f"{type(error).__name__}: {error}") from error
 
     def _read(self, size: int) -> bytes:
@@ -145,9 +146,12 @@ class _Reader:
         """Read on to the end: nothing but zeros may follow, and every byte of the object must have come."""
         if require_end_marker and not self._ended:
             raise ShardTruncated(self._shard.url, f"ends at byte {self.position} without an end-of-archive block")
+        end = self.position
         while chunk := self._read(SKIP_CHUNK_BYTES):
             if chunk.strip(b"\0"):
                 raise ShardDamaged(self._shard.url, "has data behind its end-of-archive block")
+        if self.position - end > MAX_PADDING_BYTES:
+            raise ShardDamaged(self._shard.url, f"ends in {self.position - end} zero bytes: was its data lost?")
         if self._raw.count != self._shard.size_bytes:
             detail = f"gave {self._raw.count} bytes where {self._shard.size_bytes} were listed"
             raise ShardTruncated(self._shard.url, detail)
@@ -170,7 +174,7 @@ class _Counted(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         ahead, self._ahead = self._ahead, b""
-        data = ahead + self._stream.read(size - len(ahead) if size >= 0 else -1)
+        data = ahead + self._stream.read(max(0, size - len(ahead)) if size >= 0 else -1)
         self.count += len(data)
         return data
 
@@ -216,15 +220,17 @@ def _extend(overrides: dict[str, str], header: _Header, reader: _Reader) -> None
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
+    """Records `length name=value\n`, whose length counts all of itself."""
     records: dict[str, str] = {}
-    while data.strip(b"\0"):
-        length, _, rest = data.partition(b" ")
-        end = int(length) - len(length) - 2 if length.isdigit() else -1
-        name, equals, value = rest[: max(end, 0)].partition(b"=")
-        if not equals or rest[end : end + 1] != b"\n":
+    data, start = data.rstrip(b"\0"), 0
+    while start < len(data):
+        length, space, _ = data[start : start + 8].partition(b" ")
+        end = start + int(length) if space and length.isdigit() else start
+        name, equals, value = data[start + len(length) + 1 : max(0, end - 1)].partition(b"=")
+        if not equals or data[end - 1 : end] != b"\n":
             return {**records, "damaged": "1"}
         records[name.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
-        data = rest[end + 1 :]
+        start = end
     return records
 
 
@@ -234,6 +240,6 @@ def _apply(header: _Header, overrides: dict[str, str], url: str) -> _Header:
     if any(name.startswith("GNU.sparse.") for name in overrides):
         raise ShardDamaged(url, f"member {header.name!r} is sparse, not supported")
     size = overrides.get("size", str(header.size))
-    if not size.isdigit():
+    if not (size.isascii() and size.isdigit() and len(size) < 20):
         raise ShardDamaged(url, f"member {header.name!r} has size {size!r}")
-    return _Header(overrides.get("path", header.name), int(size), header.type)
+    return _Header(overrides.get("path") or header.name, int(size), header.type)

@@ -64,7 +64,7 @@ class TableSpec:
             "grid": list(self.grid),
             "codebook_size": self.codebook_size,
             "image_spec": self.image_spec,
-            "columns": {c.name: {"from": c.source, "type": c.type} for c in self.columns},
+            "columns": [{"name": c.name, "from": c.source, "type": c.type} for c in self.columns],  # in their order
         }
 
 
@@ -88,6 +88,8 @@ def narrow_tokens(tokens_BHW: NDArray[Any], spec: TableSpec) -> NDArray[np.signe
     """tokens_BN in the table's type. Raises ValueError when the shape or a token is not the tokenizer's own."""
     if tokens_BHW.shape[1:] != spec.grid:
         raise ValueError(f"the encoder gave a grid of {tokens_BHW.shape[1:]}, it promised {spec.grid}")
+    if not np.issubdtype(tokens_BHW.dtype, np.integer):
+        raise ValueError(f"the encoder gave tokens of type {tokens_BHW.dtype}, not integers")
     if tokens_BHW.size and not 0 <= tokens_BHW.min() <= tokens_BHW.max() < spec.codebook_size:
         span = f"{tokens_BHW.min()}..{tokens_BHW.max()}"
         raise ValueError(f"the encoder gave tokens {span}, outside [0, {spec.codebook_size})")
@@ -152,7 +154,7 @@ def errors_bytes(shard: ObjectInfo, failures: Sequence[SampleFailure]) -> bytes:
             "size": f.size,
             "stage": f.stage.value,
             "reason": f.reason.value,
-            "message": f.message.encode("utf-8", "replace").decode(),
+            "message": storage.public_text(f.message).encode("utf-8", "replace").decode(),
         }
         for f in failures
     ]
@@ -170,13 +172,12 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def read_footer(url: str) -> dict[str, Any]:
-    """What `part_bytes` wrote beside the rows. Raises ValueError when the file is no part of ours."""
-    fs, path = storage.filesystem(url)
+    """What `part_bytes` wrote beside the rows. Raises ValueError when the file is no whole part of ours."""
     try:
-        with fs.open(path, "rb") as file:
+        with storage.open_read(url) as file:
             metadata = pq.read_metadata(file).metadata or {}
         footer = json.loads(metadata[b"dvae"])
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # a bad thrift header is an OSError
         raise ValueError(f"{storage.public_url(url)} is not a whole part of a run: {error}") from error
     return dict(footer)
 

@@ -1,0 +1,63 @@
+"""How a URL is spelled, taken apart and shown. No I/O: storage.py opens what they name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+_URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
+
+
+def normalize(url: str) -> str:
+    """The one spelling of a URL: local paths absolute and without `file://`, no trailing slash."""
+    if url.startswith("file://"):
+        url = url.removeprefix("file://")
+    if "://" not in url:
+        return os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
+    return url.rstrip("/")
+
+
+def public_url(url: str) -> str:
+    """`url` without query string, fragment and credentials: what may be hashed, stored and shown."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    if not scheme.startswith(("abfs", "wasb")):  # there it is container@account
+        host = host.rpartition("@")[2]
+    return f"{scheme}://{host}{slash}{path}"
+
+
+def public_text(text: str) -> str:
+    """`text` with every URL in it made public: the messages of a store's client like to quote them whole."""
+    return _URL.sub(lambda match: public_url(match[0]), text)
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join([url.rstrip("/"), *names])
+
+
+def base_name(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path if "://" in url else url).name
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def is_glob(url: str) -> bool:
+    if is_web(url):  # its question mark begins a query, its brackets hold an address
+        return "*" in public_url(url)
+    return re.search(r"[*?\[]", url) is not None
+
+
+def glob_folder(url: str) -> str:
+    """What stands before the first wildcard, up to a slash."""
+    folder = re.split(r"[*?\[]", url)[0].rpartition("/")[0]
+    return f"{folder}/" if folder.endswith(":/") else folder
