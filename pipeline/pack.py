@@ -25,6 +25,7 @@ from pipeline.image_folder import FolderSample, LeftOut, PackError, SourceFile, 
 FORMAT_VERSION = 1
 SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 10_000
+PLAIN_HEADER_BYTES = 8 << 30  # a larger member, as one with a long or non-ASCII name, has a PAX header too
 _MODE = 0o644
 
 Progress = Callable[[int, int], None]
@@ -121,10 +122,13 @@ def _planned(
 
 
 def _member_bytes(key: str, extension: str, file: SourceFile) -> int:
-    info = tarfile.TarInfo(f"{key}.{extension}")
+    data = file.size_bytes + -file.size_bytes % tarfile.BLOCKSIZE
+    name = f"{key}.{extension}"
+    if name.isascii() and len(name) <= tarfile.LENGTH_NAME and file.size_bytes < PLAIN_HEADER_BYTES:
+        return tarfile.BLOCKSIZE + data
+    info = tarfile.TarInfo(name)
     info.size = file.size_bytes
-    header = len(info.tobuf(tarfile.PAX_FORMAT))  # more than one block where the name is long or not ASCII
-    return header + file.size_bytes + -file.size_bytes % tarfile.BLOCKSIZE
+    return len(info.tobuf(tarfile.PAX_FORMAT)) + data
 
 
 def _whole(members_bytes: int) -> int:

@@ -85,6 +85,7 @@ def test_dotted_non_ascii_and_other_hard_names_come_back_from_webdataset(tmp_pat
     summary = pack(write(tmp_path / "in", contents), str(tmp_path / "out"))
     read = {unquote(s["__key__"]): s["jpg"] for s in read_with_webdataset(summary)}
     assert read == {name.rpartition(".")[0]: data for name, data in contents.items()}
+    assert summary.packed_bytes == sum(map(len, shard_bytes_of(summary).values()))
 
 
 def test_our_own_reader_gives_the_same_keys_as_webdataset(tmp_path: Path) -> None:
