@@ -124,11 +124,15 @@ class Ramp:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What changes with the step. `lr` is a factor on `OptimConfig.lr`: DALL·E's 1e-4 → 1.25e-6."""
+    """What changes with the step. `lr` is a factor on `OptimConfig.lr`: DALL·E's 1e-4 → 1.25e-6.
+
+    `usage_weight` weighs the KL of the batch's mean posterior to uniform: it keeps codes in use in short runs.
+    """
 
     temperature: Ramp = field(default_factory=lambda: Ramp(1.0, 1 / 16, 150_000))
     kl_weight: Ramp = field(default_factory=lambda: Ramp(0.0, 6.6, 5_000))
     lr: Ramp = field(default_factory=lambda: Ramp(1.0, 0.0125, 1_200_000))
+    usage_weight: Ramp = field(default_factory=lambda: Ramp(0.0, 0.0, 1))
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):

@@ -1,5 +1,8 @@
 """What training minimises: −ln p(x|z) + β·KL(q(z|x) ‖ uniform), per image, divided by its number of values.
 
+Optionally + γ·KL(q̄(z) ‖ uniform), where q̄ is the mean posterior of the global batch: that part of the KL which
+is about codes left unused (the mean KL is I(x; z) + KL(q̄ ‖ uniform)). Off in the paper's recipe.
+
 Everything is in fp32, and a mean over images: the loss depends on neither batch, world size nor resolution.
 Pixels are the paper's mapped ones: 0.8·x + 0.1 for x in [0, 1] (arXiv 2102.12092, appendix A.3).
 """
@@ -8,6 +11,7 @@ Pixels are the paper's mapped ones: 0.8·x + 0.1 for x in [0, 1] (arXiv 2102.120
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,22 +44,33 @@ def to_uint8(x_BCHW: Tensor) -> Tensor:
 
 
 class LossParts(NamedTuple):
-    """Each a mean over the batch; `loss` = `reconstruction` + β · KL per value."""
+    """Each a mean over the batch; `loss` = `reconstruction` + β·`kl` + γ·`usage_kl`, the last two per value."""
 
     loss: Tensor
     reconstruction: Tensor  # per value: nats for logit_laplace, squared or absolute error otherwise
     kl: Tensor  # nats per position
+    usage_kl: Tensor | None = None  # nats; None where it has no weight
 
 
 def loss_parts(
     stats_BCHW: Tensor, x_BCHW: Tensor, logits_NK: Tensor, kl_weight: float, config: LossConfig
 ) -> LossParts:
-    values_per_image = x_BCHW[0].numel()
-    per_value = negative_log_likelihood(stats_BCHW, x_BCHW, config).mean() / values_per_image
-    kl_per_position = kl_to_uniform(logits_NK).mean()
-    positions_per_image = logits_NK.shape[0] // x_BCHW.shape[0]
-    loss = per_value + kl_weight * kl_per_position * positions_per_image / values_per_image
-    return LossParts(loss, per_value, kl_per_position)
+    reconstruction = negative_log_likelihood(stats_BCHW, x_BCHW, config).mean() / x_BCHW[0].numel()
+    kl = kl_to_uniform(logits_NK).mean()
+    return LossParts(reconstruction + kl_weight * kl * _positions_per_value(x_BCHW, logits_NK), reconstruction, kl)
+
+
+def with_usage(
+    parts: LossParts, x_BCHW: Tensor, logits_NK: Tensor, weight: float, mean_over_ranks: Callable[[Tensor], Tensor]
+) -> LossParts:
+    usage = usage_kl(logits_NK, mean_over_ranks)
+    loss = parts.loss + weight * usage * _positions_per_value(x_BCHW, logits_NK)
+    return parts._replace(loss=loss, usage_kl=usage)
+
+
+def _positions_per_value(x_BCHW: Tensor, logits_NK: Tensor) -> float:
+    """1/192 at downsampling 8: how a mean over positions enters a mean over values."""
+    return logits_NK.shape[0] / x_BCHW.numel()
 
 
 def negative_log_likelihood(stats_BCHW: Tensor, x_BCHW: Tensor, config: LossConfig) -> Tensor:
@@ -79,3 +94,14 @@ def kl_to_uniform(logits_NK: Tensor) -> Tensor:
     """(N,): Σ π ln π + ln K, from the noiseless logits."""
     log_probs_NK = F.log_softmax(logits_NK, dim=-1)
     return (log_probs_NK.exp() * log_probs_NK).sum(dim=-1) + math.log(logits_NK.shape[-1])
+
+
+def usage_kl(logits_NK: Tensor, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """KL of the mean posterior to uniform. Exact over all ranks once DDP has averaged their gradients:
+    d/dθ Σ q̄ ln q̄ is the mean over ranks of Σ (ln q̄ + 1) dq̄_rank/dθ, so q̄ itself needs no gradient."""
+    own_K = torch.softmax(logits_NK, dim=-1).mean(dim=0)
+    mean_K = mean_over_ranks(own_K.detach())
+    log_mean_K = mean_K.clamp_min(torch.finfo(mean_K.dtype).tiny).log()
+    value = (mean_K * log_mean_K).sum() + math.log(logits_NK.shape[-1])
+    slope = ((log_mean_K + 1.0) * own_K).sum()
+    return value + slope - slope.detach()

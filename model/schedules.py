@@ -14,6 +14,7 @@ class StepValues:
 
     temperature: float
     kl_weight: float
+    usage_weight: float
     lr: float
 
 
@@ -28,5 +29,6 @@ def values_at(schedules: ScheduleConfig, step: int) -> StepValues:
     return StepValues(
         temperature=ramp_at(schedules.temperature, step),
         kl_weight=ramp_at(schedules.kl_weight, step),
+        usage_weight=ramp_at(schedules.usage_weight, step),
         lr=ramp_at(schedules.lr, step),
     )

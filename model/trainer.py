@@ -56,6 +56,7 @@ class Trainer:
         if precision not in get_args(Precision):
             raise ModelError(f"precision {precision!r} must be one of {get_args(Precision)}")
         self.loss_config, self.optim_config, self.schedules = loss_config, optim_config, schedule_config
+        self._penalises_usage = max(schedule_config.usage_weight.start, schedule_config.usage_weight.end) > 0
         self.seed, self.device, self.precision = seed, device, precision
         self.step, self.skipped_steps = 0, 0
         self.model = _on_device(seeded_dvae(dvae_config, seed), device)
@@ -128,7 +129,10 @@ class Trainer:
         keys_B2 = quantizer.noise_keys(self.seed, self.step, slots_B).to(self.device)
         with self._autocast():
             stats_BCHW, logits_NK = self._forward(x_BCHW, keys_B2, values.temperature)
-        return losses.loss_parts(stats_BCHW, x_BCHW, logits_NK, values.kl_weight, self.loss_config)
+        parts = losses.loss_parts(stats_BCHW, x_BCHW, logits_NK, values.kl_weight, self.loss_config)
+        if not self._penalises_usage:
+            return parts
+        return losses.with_usage(parts, x_BCHW, logits_NK, values.usage_weight, self._mean_over_ranks)
 
     @torch.no_grad()
     def _reconstructions(self, pixels_BHWC: Pixels) -> Reconstructions:
@@ -154,6 +158,13 @@ class Trainer:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
 
+    def _mean_over_ranks(self, x: Tensor) -> Tensor:
+        if not self._distributed:
+            return x
+        mean = x / dist.get_world_size()
+        dist.all_reduce(mean)
+        return mean
+
     def _update(self, values: StepValues) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self.optim_config.lr * values.lr
@@ -161,12 +172,15 @@ class Trainer:
         self._average.update_parameters(self.model)
 
     def _figures(self, parts: LossParts, values: StepValues, grad_norm: Tensor, updated: bool) -> dict[str, float]:
-        loss, nats, kl, norm = torch.stack([*parts, grad_norm]).detach().tolist()
-        return {
-            "loss": loss,
-            "nats_per_value": nats,
-            "kl": kl,
-            "grad_norm": norm,
+        measured = {
+            "loss": parts.loss,
+            "nats_per_value": parts.reconstruction,
+            "kl": parts.kl,
+            **({} if parts.usage_kl is None else {"usage_kl": parts.usage_kl}),
+            "grad_norm": grad_norm,
+        }
+        numbers = torch.stack(list(measured.values())).detach().tolist()  # one transfer from the device
+        return dict(zip(measured, numbers, strict=True)) | {
             "temperature": values.temperature,
             "kl_weight": values.kl_weight,
             "lr": self.optim_config.lr * values.lr,

@@ -48,6 +48,40 @@ def test_kl_equals_torchs_own():
     assert torch.allclose(losses.kl_to_uniform(logits_NK), expected, atol=1e-12)
 
 
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_usage_kl_is_zero_when_every_code_has_its_share_however_sure_the_posteriors_are():
+    sure_NK, one_code_NK = torch.full((16, 16), -1e4), torch.full((16, 16), -1e4)
+    sure_NK.fill_diagonal_(1e4)
+    one_code_NK[:, 3] = 1e4
+    assert float(losses.usage_kl(sure_NK, _alone)) == pytest.approx(0.0, abs=1e-5)
+    assert float(losses.usage_kl(torch.zeros(5, 16), _alone)) == pytest.approx(0.0, abs=1e-5)
+    assert float(losses.usage_kl(one_code_NK, _alone)) == pytest.approx(math.log(16))
+
+
+def test_usage_kl_of_two_ranks_has_the_value_and_gradient_of_the_whole_batch():
+    whole_NK = torch.randn(12, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    whole_NK.requires_grad_()
+    mean_K = torch.softmax(whole_NK, dim=1).mean(dim=0)
+    expected = (mean_K * mean_K.log()).sum() + math.log(9)
+    (expected_gradient,) = torch.autograd.grad(expected, whole_NK)
+    shares = [losses.usage_kl(each, lambda _: mean_K.detach()) for each in whole_NK.split(6)]
+    (gradient,) = torch.autograd.grad(sum(shares) / 2, whole_NK)  # DDP's mean over ranks
+    assert [each.item() for each in shares] == pytest.approx([expected.item()] * 2)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-12)
+
+
+def test_the_usage_term_enters_like_the_kl():
+    x_BCHW, stats_BCHW = torch.full((2, 3, 16, 16), 0.5), torch.zeros(2, 6, 16, 16)
+    logits_NK = torch.randn(2 * 2 * 2, 16)
+    parts = losses.loss_parts(stats_BCHW, x_BCHW, logits_NK, 0.0, LossConfig())
+    weighed = losses.with_usage(parts, x_BCHW, logits_NK, 2.0, _alone)
+    assert weighed.usage_kl is not None
+    assert float(weighed.loss - parts.loss) == pytest.approx(2.0 / 192 * float(weighed.usage_kl), rel=1e-3)
+
+
 def test_beta_acts_as_one_192nd_on_the_mean_kl_at_downsampling_8():
     """The paper divides by 256·256·3 and sums the KL over 32·32 positions."""
     x_BCHW = torch.full((2, 3, 256, 256), 0.5)

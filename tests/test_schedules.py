@@ -34,5 +34,6 @@ def test_the_papers_values_at_its_own_milestones():
     start, end = values_at(schedules, 0), values_at(schedules, 3_000_000)
     assert (start.temperature, start.kl_weight, start.lr) == (1.0, 0.0, 1.0)
     assert (end.temperature, end.kl_weight, end.lr) == (1 / 16, 6.6, 0.0125)
+    assert start.usage_weight == end.usage_weight == 0.0
     assert values_at(schedules, 5_000).kl_weight == 6.6
     assert values_at(schedules, 75_000).temperature == pytest.approx((1 + 1 / 16) / 2)

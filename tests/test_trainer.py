@@ -34,7 +34,8 @@ def _one_thread() -> Iterator[None]:
 
 def _trainer(seed: int = 0, **changes: Any) -> Trainer:
     given = {"dvae": CONFIG, "loss": LossConfig("l2"), "optim": OPTIM, "precision": "fp32"} | changes
-    configs = (given["dvae"], given["loss"], given["optim"], SCHEDULES)
+    schedules = dataclasses.replace(SCHEDULES, usage_weight=Ramp(given.get("usage", 0.0), 0.0, 20))
+    configs = (given["dvae"], given["loss"], given["optim"], schedules)
     return Trainer(*configs, seed=seed, device=torch.device("cpu"), precision=given["precision"])
 
 
@@ -155,6 +156,12 @@ def test_a_non_finite_step_is_skipped_counted_and_leaves_the_weights_alone(poiso
         assert _train(trainer, 1)["skipped"] == 0.0
 
 
+def test_the_usage_term_is_reported_where_it_has_a_weight():
+    assert "usage_kl" not in _train(_trainer(), 1)
+    figures = _train(_trainer(usage=0.5), 1)
+    assert figures["loss"] == pytest.approx(figures["nats_per_value"] + 0.5 * figures["usage_kl"] / 192, rel=1e-4)
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for():
     """Plain Adam doesn't see a factor on all gradients, so the moments are what shows it."""
     clip = 1e-3
@@ -221,28 +228,36 @@ def test_a_wrong_precision_is_refused():
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
-    """Two ranks share one global batch of 6; in step 3 only rank 1 has a broken pixel."""
+    """Two ranks share one global batch of 6, without and with the usage term; at the end, only rank 1 has a
+    broken pixel."""
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     torch.set_num_threads(1)
-    trainer, mine = _trainer(), np.arange(6)[rank::world_size]
-    skipped = []
-    for step in range(4):
-        pixels = torch.from_numpy(_batch(step)[mine]).float()
-        if (rank, step) == (1, 3):
-            pixels[0, 0, 0, 0] = float("nan")
-        skipped.append(trainer.train_step(pixels, mine)["skipped"])
-    torch.save((trainer.state_tensors(), skipped), f"{folder}/rank{rank}.pt")
+    mine, states, skipped = np.arange(6)[rank::world_size], [], []
+    for usage in (0.0, 0.3):
+        trainer = _trainer(usage=usage)
+        for step in range(3):
+            trainer.train_step(_batch(step)[mine], mine)
+        states.append(trainer.state_tensors())
+        broken = torch.from_numpy(_batch(3)[mine]).float()
+        broken[0, 0, 0, 0] = float("nan") if rank == 1 else 0.0
+        skipped.append(trainer.train_step(broken, mine)["skipped"])
+        states.append(trainer.state_tensors())
+    torch.save((states, skipped), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_train_as_one_and_skip_the_same_steps(tmp_path: Path):
     mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
-    (state, skipped), (other_state, other_skipped) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
-    assert skipped == other_skipped == [0.0, 0.0, 0.0, 1.0]
-    assert _same(state, other_state)
-    alone = _trainer()
-    _train(alone, 3)
-    expected = alone.state_tensors()
-    for name in (each for each in expected if each.startswith("model.")):
-        assert torch.allclose(state[name], expected[name], rtol=1e-3, atol=2e-5), name
+    (states, skipped), (other_states, other_skipped) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    assert skipped == other_skipped == [1.0, 1.0]
+    assert all(_same(one, other) for one, other in zip(states, other_states, strict=True))
+    for usage, state in ((0.0, states[0]), (0.3, states[2])):
+        alone = _trainer(usage=usage)
+        _train(alone, 3)
+        expected = alone.state_tensors()
+        for name in (each for each in expected if each.startswith("model.")):
+            assert torch.allclose(state[name], expected[name], rtol=1e-3, atol=2e-5), name
+    assert not torch.equal(
+        states[0]["model.encoder.blocks.output.conv.w"], states[2]["model.encoder.blocks.output.conv.w"]
+    )
