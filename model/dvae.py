@@ -232,3 +232,8 @@ def seeded_dvae(config: DVAEConfig, seed: int) -> DVAE:
     model = DVAE(config)
     model.reset_parameters(seed)
     return model
+
+
+def on_device(model: DVAE, device: torch.device) -> DVAE:
+    """Weights lie channels-last, as the pixels do: convolutions then need no reordering."""
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

@@ -19,7 +19,7 @@ from torch import Tensor
 from model import losses, quantizer
 from model.checkpoint import Checkpoint
 from model.config import ModelError
-from model.dvae import DVAE
+from model.dvae import DVAE, on_device
 from model.quantizer import CodeTables
 
 Precision = Literal["fp32", "bf16"]
@@ -161,4 +161,4 @@ def _inference_model(checkpoint: Checkpoint, device: torch.device) -> DVAE:
     with torch.device("meta"):
         model = DVAE(checkpoint.dvae_config)
     model.load_state_dict(checkpoint.weights, assign=True)
-    return model.requires_grad_(False).eval().to(device)
+    return on_device(model.requires_grad_(False).eval(), device)

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import losses, quantizer, training_state
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
-from model.dvae import DVAE, seeded_dvae
+from model.dvae import DVAE, on_device, seeded_dvae
 from model.losses import LossParts
 from model.metrics import EvalSums, eval_sums
 from model.schedules import StepValues, values_at
@@ -59,7 +59,7 @@ class Trainer:
         self._penalises_usage = max(schedule_config.usage_weight.start, schedule_config.usage_weight.end) > 0
         self.seed, self.device, self.precision = seed, device, precision
         self.step, self.skipped_steps = 0, 0
-        self.model = _on_device(seeded_dvae(dvae_config, seed), device)
+        self.model = on_device(seeded_dvae(dvae_config, seed), device)
         self._average = _moving_average(self.model, optim_config.ema_decay)
         self._optimizer = _adamw(self.model, optim_config)
         self._distributed = dist.is_available() and dist.is_initialized()
@@ -186,10 +186,6 @@ class Trainer:
             "lr": self.optim_config.lr * values.lr,
             "skipped": float(not updated),
         }
-
-
-def _on_device(model: DVAE, device: torch.device) -> DVAE:
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _in_ddp(model: DVAE, device: torch.device) -> nn.Module:
