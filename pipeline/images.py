@@ -15,8 +15,8 @@ import io
 import struct
 import warnings
 import zlib
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,8 @@ _TRANSPOSE = {
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS decides
 
 Augment = Literal["none", "flip", "dalle"]
+Resample = Literal["lanczos", "bicubic", "box"]
+Small = Literal["refuse", "upscale"]
 
 
 class SampleError(Exception):
@@ -80,13 +82,15 @@ class ImageSpec:
     with Lanczos, centre crop (github.com/openai/DALL-E, notebooks/usage.ipynb)."""
 
     size: int = 256
-    resample: Literal["lanczos", "bicubic", "box"] = "lanczos"
-    small: Literal["refuse", "upscale"] = "refuse"
+    resample: Resample = "lanczos"
+    small: Small = "refuse"
     version: int = IMAGE_SPEC_VERSION
 
     def __post_init__(self) -> None:
         if not 8 <= self.size <= 4096:
             raise ValueError(f"size {self.size} is not between 8 and 4096")
+        if self.resample not in get_args(Resample) or self.small not in get_args(Small):
+            raise ValueError(f"resample {self.resample!r} or small {self.small!r} is unknown here")
         if self.version != IMAGE_SPEC_VERSION:
             raise ValueError(f"version {self.version} is unknown here: this is {IMAGE_SPEC_VERSION}")
 
@@ -96,10 +100,13 @@ class ImageSpec:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ImageSpec:
         """Raises ValueError on an unknown or missing field, for then the pixels would be others."""
+        wanted = {field.name for field in fields(cls)}
+        if set(value) != wanted:
+            raise ValueError(f"no image spec that this version knows: it has {sorted(value)}, not {sorted(wanted)}")
         try:
             return cls(**value)
         except TypeError as error:
-            raise ValueError(f"no image spec that this version knows: {error}") from error
+            raise ValueError(f"an image spec has a field of another type: {error}") from error
 
 
 @dataclass(frozen=True)

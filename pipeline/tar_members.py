@@ -65,9 +65,9 @@ def tar_members(
             yield _member(header, reader, wanted)
         elif header.type != _DIRECTORY:  # a directory has no data, whatever its size field says
             raise ShardDamaged(shard.url, f"member {header.name!r} has type {header.type!r}, not supported")
+    reader.finish(require_end_marker)
     if overrides:
         raise ShardDamaged(shard.url, "ends behind an extended header, whose member is missing")
-    reader.finish(require_end_marker)
 
 
 def _member(header: _Header, reader: _Reader, wanted: Wanted) -> Member:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from pipeline import storage
+from pipeline.images import ImageSpec
 from pipeline.records import ObjectInfo
+from pipeline.token_table import TableSpec
 
 
 def pixels(seed: int, width: int = 24, height: int = 20) -> np.ndarray:
@@ -25,6 +32,22 @@ def image_bytes(seed: int, format: str = "JPEG", width: int = 24, height: int = 
     out = io.BytesIO()
     Image.fromarray(pixels(seed, width, height)).save(out, format)
     return out.getvalue()
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def bomb_png(width: int = 20_000, height: int = 20_000) -> bytes:
+    """A PNG of 57 bytes whose header declares that many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -75,6 +98,65 @@ class FakeTokenizer:
     def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         step = pixels_BHWC.shape[1] // 2
         return pixels_BHWC[:, ::step, ::step, 0].astype(np.int64)
+
+
+def fake_table(**changes: Any) -> TableSpec:
+    """The token table of FakeTokenizer, for images of 16 pixels and more."""
+    values: dict[str, Any] = {"image_spec": ImageSpec(size=16).to_json(), **changes}
+    fake = FakeTokenizer
+    return TableSpec(
+        **{"tokenizer_id": fake.tokenizer_id, "grid": fake.grid, "codebook_size": fake.codebook_size, **values}
+    )
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody catches it."""
+
+
+class MortalStore(MemoryFileSystem):
+    """`mortal://`: an object store in memory where one is killed just before the n-th change. `log` names what was
+    done to what."""
+
+    protocol = "mortal"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    log: ClassVar[list[tuple[str, str]]] = []
+    kill_before: int | None = None
+
+    @classmethod
+    def fresh(cls) -> type[MortalStore]:
+        fsspec.register_implementation("mortal", cls, clobber=True)
+        cls.store.clear()
+        cls.pseudo_dirs[:] = [""]
+        return cls.alive()
+
+    @classmethod
+    def alive(cls, kill_before: int | None = None) -> type[MortalStore]:
+        """Change no object, but count from 0 again."""
+        cls.log.clear()
+        cls.kill_before = kill_before
+        return cls
+
+    @classmethod
+    def objects(cls, under: str = "") -> dict[str, bytes]:
+        return {path: file.getvalue() for path, file in sorted(cls.store.items()) if path.startswith(under)}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("mortal://", "memory://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        self._change("put", path)
+        super().pipe_file(path, value, mode=mode, **options)
+
+    def rm_file(self, path: str) -> None:
+        self._change("remove", path)
+        super().rm_file(path)
+
+    def _change(self, deed: str, path: str) -> None:
+        if self.kill_before == len(self.log):
+            raise Killed(deed, path)
+        self.log.append((deed, self._strip_protocol(path)))
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> dict[str, bytes]:
