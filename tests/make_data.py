@@ -175,10 +175,10 @@ def write_checkpoint(folder: Path, seed: int = 0, size: int = 16, width: int = 1
 
     torch.manual_seed(seed)
     config = DVAEConfig(codebook_size=64, width=width, decoder_init=16, blocks_per_group=1, stem="strided")
+    spec = ImageSpec(size=size, small="upscale").to_json()
     files = checkpoint_files(
-        weights=DVAE(config).state_dict(), dvae_config=config, image_spec=ImageSpec(size=size, small="upscale").to_json(), step=0,
-        training_state=None, extra={},
-    )  # fmt: skip
+        weights=DVAE(config).state_dict(), dvae_config=config, image_spec=spec, step=0, training_state=None, extra={}
+    )
     for name, data in files.items():
         storage.publish(str(folder / name), data)
     return folder

@@ -14,7 +14,8 @@ from pathlib import Path
 
 START_TIMEOUT_S = 60
 PORTS = ("s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance", "master.port", "master.port.grpc",
-         "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc")  # fmt: skip
+         "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port",
+         "admin.port.grpc")  # fmt: skip
 
 
 @contextmanager
