@@ -1,0 +1,178 @@
+"""The ledger: the newest row of a shard counts, and a kill at any step of a merge loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from make_data import Killed, MortalStore
+
+from pipeline import ledger as ledger_module
+from pipeline import storage
+from pipeline.errors import StorageError
+from pipeline.ledger import Ledger
+from pipeline.output import OutputPrefix
+from pipeline.records import ShardResult, ShardState
+
+DONE = ShardResult("s3://b/0.tar", 10, "e", ShardState.DONE, "0-12345678.parquet", 90, 10, 4096, "sha", 1.5, attempts=2)
+LOST = ShardResult("s3://b/1.tar", 11, "f", ShardState.QUARANTINED, attempts=3, reason="shard_truncated", message="cut")
+
+
+def row(n: int, version: int = 0) -> ShardResult:
+    return replace(DONE, shard=f"s3://b/{n}.tar", num_rows=version)
+
+
+def by_shard(*rows: ShardResult) -> dict[str, ShardResult]:
+    return {one.shard: one for one in rows}
+
+
+def segments(output: OutputPrefix) -> list[str]:
+    return [storage.base_name(info.url) for info in storage.list_files(output.ledger_folder())]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> OutputPrefix:
+    return OutputPrefix(str(tmp_path))
+
+
+@pytest.fixture
+def few_segments(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(ledger_module, "COMPACT_SEGMENTS", 4)
+    return 4
+
+
+def test_rows_come_back_as_they_were(output: OutputPrefix) -> None:
+    assert Ledger(output).read() == {}
+    Ledger(output).append([DONE, LOST])
+    assert Ledger(output).read() == by_shard(DONE, LOST)
+
+
+def test_the_newest_row_of_a_shard_counts(output: OutputPrefix) -> None:
+    for version in range(12):  # two digits and more: names sort as numbers do
+        Ledger(output).append([row(0, version), row(version + 1)])
+    assert Ledger(output).read()["s3://b/0.tar"].num_rows == 11
+    Ledger(output).append([row(5, 1), row(5, 2)])  # in one segment too
+    assert Ledger(output).read()["s3://b/5.tar"].num_rows == 2
+
+
+def test_nothing_to_say_makes_no_segment(output: OutputPrefix) -> None:
+    Ledger(output).append([])
+    assert segments(output) == []
+
+
+def test_a_ledger_that_was_not_read_first_overwrites_nothing(output: OutputPrefix) -> None:
+    Ledger(output).append([row(0)])
+    Ledger(output).append([row(1)])
+    assert Ledger(output).read() == by_shard(row(0), row(1))
+    assert segments(output) == ["00000001.parquet", "00000002.parquet"]
+
+
+def test_other_files_in_the_folder_are_passed_over(output: OutputPrefix, tmp_path: Path) -> None:
+    Ledger(output).append([row(0)])
+    for name in (".DS_Store", "notes.txt", "old.parquet", "00000007.tmp"):
+        (tmp_path / "ledger" / name).write_bytes(b"x")
+    assert Ledger(output).read() == by_shard(row(0))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"x" * 100])
+def test_a_damaged_segment_is_named_with_the_remedy(output: OutputPrefix, tmp_path: Path, content: bytes) -> None:
+    Ledger(output).append([row(0)])
+    (tmp_path / "ledger" / "00000002.parquet").write_bytes(content)
+    with pytest.raises(StorageError, match=r"00000002\.parquet is no segment of a ledger; remove it"):
+        Ledger(output).read()
+
+
+def test_messages_are_stored_without_credentials(output: OutputPrefix, tmp_path: Path) -> None:
+    Ledger(output).append([replace(LOST, message="GET https://me:secret@h/a.tar?sig=hidden failed")])
+    assert Ledger(output).read()[LOST.shard].message == "GET https://h/a.tar failed"
+    data = (tmp_path / "ledger" / "00000001.parquet").read_bytes()
+    assert b"secret" not in data and b"hidden" not in data
+
+
+def test_compaction_keeps_the_newest_rows_in_one_segment(output: OutputPrefix, few_segments: int) -> None:
+    for n in range(few_segments + 1):
+        Ledger(output).append([row(n), row(100, n)])
+    before = Ledger(output).read()
+    Ledger(output).compact()
+    assert segments(output) == ["00000006.parquet"]
+    assert Ledger(output).read() == before
+    Ledger(output).compact()  # few are left alone
+    assert segments(output) == ["00000006.parquet"]
+    Ledger(output).append([row(100, 99)])
+    assert Ledger(output).read()["s3://b/100.tar"].num_rows == 99
+
+
+def test_a_long_run_merges_while_it_goes_on(output: OutputPrefix, few_segments: int) -> None:
+    """A run of a day appends thousands of segments; a status should not have to read them all."""
+    Ledger(output).append([row(0, 1)])
+    ledger = Ledger(output)
+    for n in range(40):
+        ledger.append([row(n % 7, n)])
+    assert len(segments(output)) <= 40 // (few_segments + 1) + few_segments + 1
+    assert {shard: one.num_rows for shard, one in Ledger(output).read().items()} == {
+        f"s3://b/{n % 7}.tar": n for n in range(33, 40)
+    }
+
+
+def test_a_kill_at_any_step_of_a_compaction_loses_nothing(few_segments: int) -> None:
+    for kill_before in itertools.count():
+        output = OutputPrefix("mortal://out")
+        MortalStore.fresh()
+        for n in range(few_segments + 2):
+            Ledger(output).append([row(n), row(100, n)])
+        expected = Ledger(output).read()
+        MortalStore.alive(kill_before)
+        try:
+            Ledger(output).compact()
+        except Killed:
+            MortalStore.alive()
+            assert Ledger(output).read() == expected
+            Ledger(output).append([row(100, 77)])  # and what comes after still counts more
+            assert Ledger(output).read()["s3://b/100.tar"].num_rows == 77
+        else:
+            break
+    assert kill_before == few_segments + 3
+
+
+def test_a_kill_at_any_step_of_a_growing_ledger_loses_only_what_was_not_yet_said(few_segments: int) -> None:
+    for kill_before in itertools.count():
+        output = OutputPrefix("mortal://out")
+        MortalStore.fresh().alive(kill_before)
+        ledger, said = Ledger(output), 0
+        try:
+            for n in range(12):
+                ledger.append([row(n), row(100, n)])
+                said = n + 1
+        except Killed:
+            found = Ledger(output).read()
+            assert {f"s3://b/{n}.tar" for n in range(said)} <= set(found)
+            assert not found or found["s3://b/100.tar"].num_rows >= said - 1
+        else:
+            break
+    assert kill_before > 20
+
+
+def test_a_reader_beside_a_merging_driver_sees_every_row(output: OutputPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(3):
+        Ledger(output).append([row(n)])
+    real, merged = storage.read_bytes, False
+
+    def read_bytes(url: str) -> bytes:
+        nonlocal merged
+        if not merged:
+            merged = True
+            monkeypatch.setattr(ledger_module, "COMPACT_SEGMENTS", 2)
+            Ledger(output).compact()
+        return real(url)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    assert Ledger(output).read() == by_shard(*(row(n) for n in range(3)))
+
+
+def test_a_segment_is_plain_parquet_for_any_engine(output: OutputPrefix, tmp_path: Path) -> None:
+    Ledger(output).append([DONE, LOST])
+    table = pq.read_table(tmp_path / "ledger" / "00000001.parquet")
+    assert table["state"].to_pylist() == ["done", "quarantined"]
