@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,10 +40,18 @@ def connected(address: str | None) -> Iterator[None]:
 def _connect(address: str) -> None:
     # `local` and not None: a killed head leaves a file that makes a plain ray.init join a dead cluster.
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # ray.init puts one in its place that exits with code 15
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"no Ray cluster at {address}: {error}; set ray.address, or leave it out") from error
+    except SystemExit as error:  # SIGTERM while Ray was starting, after which its C++ side would abort in three seconds
+        signal.alarm(0)
+        ray.shutdown()
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def describe_resources() -> str:

@@ -43,9 +43,12 @@ def run_training(config: TrainConfig, command: str) -> int:
     if done is not None and done >= config.steps:
         console.print(f"nothing to do: all {done} steps are done; the model is in {escape(output.model_folder())}")
         return FINISHED
-    with Lease(OutputPrefix(output.url)):
-        storage.remove_temporaries(output.url)
-        ending = _train(config, train, val)
+    try:
+        with Lease(OutputPrefix(output.url)):
+            storage.remove_temporaries(output.url)
+            ending = _train(config, train, val)
+    except KeyboardInterrupt:
+        ending = "stopped"
     if ending == "stopped":
         console.print(f"[yellow]stopped[/]; go on with\n  {escape(command)}")
         return STOPPED
