@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from rich.markup import escape
 
 from jobs.train_config import TrainConfig
 from jobs.train_output import TrainOutput, claim, identity
-from jobs.train_progress import Status, StepProgress, stop_signals
+from jobs.train_progress import Status, StepProgress, TrainingFailed, stop_signals
 from jobs.train_tensorboard import wants_events
 from pipeline import storage
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StorageError
 from pipeline.lease import Lease
 from pipeline.output import OutputPrefix
 from pipeline.records import ObjectInfo
@@ -23,6 +24,7 @@ from pipeline.records import ObjectInfo
 if TYPE_CHECKING:
     from jobs.train_worker import Ending, TrainJob
 
+log = logging.getLogger(__name__)
 FINISHED, STOPPED = 0, 130  # exit codes; an error brings its own
 
 
@@ -43,12 +45,15 @@ def run_training(config: TrainConfig, command: str) -> int:
     if done is not None and done >= config.steps:
         console.print(f"nothing to do: all {done} steps are done; the model is in {escape(output.model_folder())}")
         return FINISHED
+    _announce(config, train, val)
     try:
         with Lease(OutputPrefix(output.url)):
             storage.remove_temporaries(output.url)
             ending = _train(config, train, val)
     except KeyboardInterrupt:
         ending = "stopped"
+    except StorageError as error:
+        raise TrainingFailed(f"{error}; the same command goes on from the newest checkpoint") from error
     if ending == "stopped":
         console.print(f"[yellow]stopped[/]; go on with\n  {escape(command)}")
         return STOPPED
@@ -56,6 +61,16 @@ def run_training(config: TrainConfig, command: str) -> int:
         f"[green]done[/]: {config.steps} steps{_quality(output)}; the model is in {escape(output.model_folder())}"
     )
     return FINISHED
+
+
+def _announce(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> None:
+    num_bytes = sum(shard.size_bytes for shard in train)
+    streams = config.data.num_streams // max(1, config.ray.num_workers)
+    waiting_bytes = 2 * streams * config.data.shuffle_shards * num_bytes // len(train)
+    log.info(
+        "training on %d shards (%.2f GB), %d held out; undecoded images of up to %.2f GB wait in each worker",
+        len(train), num_bytes / 1e9, len(val), waiting_bytes / 1e9,
+    )  # fmt: skip
 
 
 def _quality(output: TrainOutput) -> str:

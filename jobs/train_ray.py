@@ -22,6 +22,7 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -75,10 +76,10 @@ class Watch:
         """Show progress until training ends. False: it was to stop, and would not within the grace."""
         while not ending.done() and not stop.wait(POLL_S):
             self._look()
-        if stop.is_set():
+        if stop.is_set() and self._started:
             log.warning("stopping: a checkpoint is saved first (once more to stop at once)")
             self.board.ask_to_stop.remote()
-            wait([ending], timeout=STOP_GRACE_S if self._started else 0)
+            wait([ending], timeout=STOP_GRACE_S)
         self._look()
         return ending.done()
 
@@ -152,7 +153,8 @@ def _result(ending: Future[Any], board: Any) -> Ending:
     if notes.failure is not None:
         raise TrainingFailed.with_code(notes.failure, notes.exit_code)
     if (error := ending.exception()) is not None:
-        raise TrainingFailed(f"training on Ray failed: {error}") from error
+        log.error("%s", error)  # with the workers' tracebacks
+        raise TrainingFailed(f"{_cause(error)}; the same command goes on from the newest checkpoint") from error
     last: Ending = ending.result().return_value
     return last
 
@@ -204,6 +206,13 @@ def _warn_of_a_local_output(url: str) -> None:
         log.warning("%s is a path: it must be the same folder on every machine of the cluster", url)
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        rank, failure = min(error.worker_failures.items())
+        return f"training failed once more than ray.max_failures allows; rank {rank}: {_first_line(failure)}"
+    return f"Ray Train failed: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

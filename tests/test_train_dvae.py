@@ -24,12 +24,12 @@ from jobs import train_dvae, train_worker
 from jobs.train_dvae import TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
 from jobs.train_output import TrainOutput
-from jobs.train_progress import Status
+from jobs.train_progress import Status, TrainingFailed
 from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_tensorboard import TensorBoardMissing
 from jobs.train_worker import TooMuchBadData, TrainJob, train
 from pipeline import storage
-from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch
+from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease
 from pipeline.output import OutputPrefix
 
@@ -157,6 +157,24 @@ def test_an_object_store_serves_as_output(folder: Path, monkeypatch: pytest.Monk
     assert [line["step"] for line in kept if line["kind"] == "eval"] == [9, 18, 24]
     model = storage.read_bytes(storage.join(output, "model", "model.safetensors"))
     assert model == weights(folder / "calm", STEPS)[2]
+
+
+def test_a_store_that_fails_while_training_leaves_a_run_to_go_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(url: str, data: bytes) -> None:
+        if "step-00000010" in url:
+            raise StorageError(f"cannot write {url}: no space left")
+        publish(url, data)
+
+    publish = storage.publish
+    with monkeypatch.context() as broken, pytest.raises(TrainingFailed, match=r"no space left.*goes on") as failed:
+        broken.setattr(storage, "publish", full)
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+    assert failed.value.exit_code == 1
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+    assert metric_lines(tmp_path) == metric_lines(folder / "calm")
 
 
 def test_more_steps_take_a_finished_run_further(folder: Path, tmp_path: Path) -> None:
@@ -299,7 +317,7 @@ def test_sigterm_stops_within_seconds_with_a_checkpoint_and_the_line_to_go_on(fo
     try:
         wait_for(tmp_path / "out" / "metrics.jsonl", driver)
         os.kill(driver.pid, signal.SIGTERM)
-        said, _ = driver.communicate(timeout=10)
+        said, _ = driver.communicate(timeout=20)
     finally:
         driver.kill()
         driver.wait()

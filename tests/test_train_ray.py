@@ -121,6 +121,20 @@ def test_sigterm_while_workers_are_starting_stops_within_seconds(folder: Path, t
 
 
 @pytest.mark.slow
+def test_a_worker_lost_too_often_ends_the_run_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    driver = start_driver(folder, tmp_path / "out", mark, steps=1_000_000, ray={**TWO, "max_failures": 0})
+    try:
+        wait_until(lambda: newest_step(tmp_path / "out") >= 5, driver)
+        os.kill(named(mark, "RayTrainWorker")[0], signal.SIGKILL)
+        said = driver.communicate(timeout=60)[0]
+    finally:
+        end(driver, mark)
+    assert driver.returncode == 1, said
+    assert "dvae: training failed once more than ray.max_failures allows; rank" in said
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_error_that_would_only_come_again_is_not_tried_again(folder: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "damaged", (5, 9))
