@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +148,16 @@ def test_a_finished_run_says_so_without_torch_and_without_ray(folder: Path, tmp_
     assert str(folder / "calm" / "model") in done.stdout
 
 
-def test_an_object_store_serves_as_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = f"memory://{uuid.uuid4().hex}/run"
-    interrupt(folder, output, DriverAt(kill=12), monkeypatch)
-    assert run_training(config(folder, output=output), "dvae train") == 0
-    kept = TrainOutput(output).read_metrics()
+@pytest.mark.server
+def test_trains_from_and_to_a_bucket(s3: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in [*(folder / "train").iterdir(), *(folder / "val").iterdir()]:
+        storage.publish(f"{s3}/{path.parent.name}/{path.name}", path.read_bytes())
+    data = {"train_shards": f"{s3}/train/made-*.tar", "val_shards": f"{s3}/val/made-*.tar"}
+    interrupt(folder, f"{s3}/run", DriverAt(kill=12), monkeypatch, data=data)
+    assert run_training(config(folder, output=f"{s3}/run", data=data), "dvae train") == 0
+    kept = TrainOutput(f"{s3}/run").read_metrics()
     assert [line["step"] for line in kept if line["kind"] == "eval"] == [9, 18, 24]
-    model = storage.read_bytes(storage.join(output, "model", "model.safetensors"))
-    assert model == weights(folder / "calm", STEPS)[2]
+    assert storage.read_bytes(f"{s3}/run/model/model.safetensors") == weights(folder / "calm", STEPS)[2]
 
 
 def test_a_store_that_fails_while_training_leaves_a_run_to_go_on_with(
