@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +13,10 @@ from rich.table import Table
 
 from pipeline import storage
 from pipeline.errors import PipelineError
+from pipeline.lease import is_held
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, listed, read_manifest, read_run
+from pipeline.plan import PlanRecord, read_plan_record
 from pipeline.records import ShardResult, ShardState
 from pipeline.token_table import count_errors
 
@@ -26,20 +29,24 @@ class NoRun(PipelineError):
 
 @dataclass(frozen=True)
 class Status:
-    """Counts come from the ledger; `num_parts` from a listing, so a part that no ledger row knows yet shows."""
+    """Counts come from the ledger, which the driver writes every ten seconds; `num_parts` from a listing, so a part
+    that no ledger row knows yet shows. `num_shards` is what the last driver set out to do, with what was done."""
 
     output: str
     tokenizer_id: str
     grid: list[int]
     codebook_size: int
     state: str  # complete, running, stopped
+    num_shards: int | None
     num_parts: int
     num_done: int
     num_quarantined: int
     num_images: int
     num_failed: int
     part_bytes: int
-    images_per_actor_second: float
+    images_per_s: float | None  # since the running driver began
+    left_s: float | None
+    shard_seconds: float  # of all done shards together
     errors_by_reason: dict[str, int]
     quarantined: list[dict[str, Any]]
 
@@ -64,21 +71,42 @@ def read_status(output: OutputPrefix) -> Status:
     parts, errors = listed(output.tokens_folder()), listed(output.errors_folder())
     done = [row for row in rows if row.state is ShardState.DONE]
     lost = [row for row in rows if row.state is ShardState.QUARANTINED]
-    seconds = sum(row.seconds for row in done)
+    state, plan = _state(output), read_plan_record(output)
+    images_per_s, left_s = _speed(plan, done, len(lost)) if plan and state == "running" else (None, None)
     return Status(
-        output.url, run["tokenizer_id"], run["grid"], run["codebook_size"], _state(output),
-        len(parts), len(done), len(lost), sum(row.num_rows for row in done), sum(row.num_failed for row in done),
-        sum(info.size_bytes for info in parts.values()),
-        round(sum(row.num_rows for row in done if row.seconds) / seconds, 1) if seconds else 0.0,
-        dict(Counter(count_errors([info.url for info in errors.values()])).most_common()),
-        [_quarantined(row) for row in lost],
-    )  # fmt: skip
+        output=output.url,
+        tokenizer_id=run["tokenizer_id"],
+        grid=run["grid"],
+        codebook_size=run["codebook_size"],
+        state=state,
+        num_shards=plan.num_shards if plan else None,
+        num_parts=len(parts),
+        num_done=len(done),
+        num_quarantined=len(lost),
+        num_images=sum(row.num_rows for row in done),
+        num_failed=sum(row.num_failed for row in done),
+        part_bytes=sum(info.size_bytes for info in parts.values()),
+        images_per_s=images_per_s,
+        left_s=left_s,
+        shard_seconds=round(sum(row.seconds for row in done), 1),
+        errors_by_reason=dict(Counter(count_errors([info.url for info in errors.values()])).most_common()),
+        quarantined=[_quarantined(row) for row in lost],
+    )
 
 
 def _state(output: OutputPrefix) -> str:
     if read_manifest(output) is not None:
         return "complete"
-    return "running" if storage.exists(output.file("lease.json")) else "stopped"
+    return "running" if is_held(output) else "stopped"
+
+
+def _speed(plan: PlanRecord, done: list[ShardResult], num_lost: int) -> tuple[float, float | None]:
+    """(images a second, seconds left) of the driver at work; the latter unknown before its first shard."""
+    since_s = max(1e-9, time.time() - plan.started)
+    num_new = len(done) + num_lost - plan.num_done
+    num_left = plan.num_shards - len(done) - num_lost
+    images_per_s = (sum(row.num_rows for row in done) - plan.num_images) / since_s
+    return round(images_per_s, 1), round(since_s / num_new * num_left, 1) if num_new > 0 else None
 
 
 def _quarantined(row: ShardResult) -> dict[str, Any]:
@@ -95,7 +123,7 @@ def _print(status: Status, console: Console) -> None:
         "shards", f"{status.num_done:,} done, {status.num_quarantined:,} quarantined, {status.num_parts:,} parts"
     )
     table.add_row("images", f"{status.num_images:,} tokenised, {status.num_failed:,} failed")
-    table.add_row("speed", f"{status.images_per_actor_second:,.1f} images a second for each shard in flight")
+    table.add_row("speed", _speed_text(status))
     for reason, count in status.errors_by_reason.items():
         table.add_row("error", f"{count:,} × {reason}")
     for row in status.quarantined[:MAX_QUARANTINED_SHOWN]:
@@ -105,3 +133,11 @@ def _print(status: Status, console: Console) -> None:
     if hidden := len(status.quarantined) - MAX_QUARANTINED_SHOWN:
         table.add_row("", f"and {hidden} more: --json lists all") if hidden > 0 else None
     console.print(table)
+
+
+def _speed_text(status: Status) -> str:
+    if status.images_per_s is not None:
+        left = f"{status.left_s / 60:,.0f} min left" if status.left_s is not None else "time left unknown yet"
+        return f"{status.images_per_s:,.1f} images/s, {left}"
+    rate = status.num_images / status.shard_seconds if status.shard_seconds else 0.0
+    return f"{rate:,.1f} images/s for each shard in flight, {status.shard_seconds:,.0f} s of work in all"

@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, RunDescription, check_run, claim, read_manifest, read_run
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, make_plan, record_plan
 from pipeline.records import ShardResult, ShardState
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, quarantine
@@ -106,6 +106,7 @@ class Session:
             self._flush(force=True)
             return self._conclude(command, nothing_to_do=True)
         storage.remove(self._output.file("manifest.json"))  # the plan is no longer complete
+        record_plan(self._output, self._plan)
         try:
             self._tokenize(source)
         except KeyboardInterrupt:

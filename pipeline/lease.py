@@ -73,6 +73,12 @@ class Lease:
         return json.dumps({"writer": self._writer, **host, "renewed": time.time()}).encode()
 
 
+def is_held(output: OutputPrefix) -> bool:
+    """Whether a driver is at work there; a lease that a killed one left does not count."""
+    holder = _read(output.file("lease.json"))
+    return holder is not None and not _is_dead(holder)
+
+
 def _read(url: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads(storage.read_bytes(url)))

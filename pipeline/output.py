@@ -84,15 +84,16 @@ def claim(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -
 
 def read_run(output: OutputPrefix) -> dict[str, Any] | None:
     """run.json, or None where there is none. Raises StorageError when it is damaged."""
-    return _read_json(output.file("run.json"))
+    return read_json(output.file("run.json"))
 
 
 def read_manifest(output: OutputPrefix) -> dict[str, Any] | None:
     """manifest.json, which is there only when every shard of the last plan is accounted for."""
-    return _read_json(output.file("manifest.json"))
+    return read_json(output.file("manifest.json"))
 
 
-def _read_json(url: str) -> dict[str, Any] | None:
+def read_json(url: str) -> dict[str, Any] | None:
+    """An object of JSON, or None where there is none. Raises StorageError when it is damaged."""
     try:
         return dict(json.loads(storage.read_bytes(url)))
     except FileNotFoundError:

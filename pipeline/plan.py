@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pipeline import storage
 from pipeline.errors import RunMismatch
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, listed, part_name
+from pipeline.output import OutputPrefix, listed, part_name, read_json
 from pipeline.records import ObjectInfo, ShardResult, ShardState
 from pipeline.token_table import read_footer
 
@@ -37,6 +39,27 @@ class Plan:
     @property
     def num_shards(self) -> int:
         return len(self.todo) + len(self.done)
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """plan.json: what the last driver that had work set out to do, so that anybody can say how far it is."""
+
+    num_shards: int
+    num_done: int  # when it began
+    num_images: int  # in those
+    started: float  # seconds since the epoch
+
+
+def record_plan(output: OutputPrefix, plan: Plan) -> None:
+    record = PlanRecord(plan.num_shards, len(plan.done), sum(row.num_rows for row in plan.done), time.time())
+    storage.publish(output.file("plan.json"), json.dumps(asdict(record)).encode())
+
+
+def read_plan_record(output: OutputPrefix) -> PlanRecord | None:
+    """None where no driver had work yet. Raises StorageError when it is damaged."""
+    stored = read_json(output.file("plan.json"))
+    return None if stored is None else PlanRecord(**stored)
 
 
 def make_plan(shards: Iterable[ObjectInfo], output: OutputPrefix, ledger: Ledger) -> Plan:
