@@ -18,7 +18,7 @@ from pipeline.token_table import read_footer
 FOOTER_READERS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """One shard to tokenise. `has_errors_file`: an earlier attempt left one, which may have become stale."""
 
