@@ -129,7 +129,7 @@ def open_folder(folder: str) -> DemoFolder:
 
 def _recipe() -> str:
     """What the tiles depend on."""
-    parts = (demo_images.PHOTOS, demo_images.TILE_PX, demo_images.SCALES, demo_images.STRIDE_PX, demo_images.MARGIN_PX)
+    parts = (demo_images.PHOTOS, demo_images.TILE_PX, demo_images.STRIDE_PX, demo_images.MARGIN_PX)
     names = [odd.name for odd in ODD_FILES]
     return hashlib.sha256(repr((parts, names)).encode()).hexdigest()[:16]
 

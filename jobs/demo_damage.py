@@ -68,10 +68,10 @@ ODD_FILES = (
 )
 
 
-def make_odd_files(folder: Path, tile_px: int = TILE_PX) -> int:
+def make_odd_files(folder: Path) -> int:
     """Write ODD_FILES with captions and metadata into `folder`; returns how many."""
     photo = next(photo for photo in PHOTOS if photo.name == "chelsea")
-    tile_HWC = crop_to_square(read_picture(photograph_folder() / photo.file), photo.held_out, tile_px)
+    tile_HWC = crop_to_square(read_picture(photograph_folder() / photo.file), photo.held_out, TILE_PX)
     folder.mkdir(parents=True, exist_ok=True)
     for odd in ODD_FILES:
         path = folder / odd.name

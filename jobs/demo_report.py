@@ -17,8 +17,6 @@ from jobs.report_page import Chart, Check, Figure, Report, Snippet, Table, TileP
 from jobs.show import Row
 from pipeline.pictures import draw_pair, encode_png
 
-TILES_PER_PHOTOGRAPH = 2
-
 QUERIES = (
     ("Captions", CAPTIONS, "How many tiles carry which caption, and how many of the codes they use."),
     ("Failures by reason", ERRORS, "Every image that has no tokens is here, with its reason. Nothing else is lost."),
@@ -43,11 +41,11 @@ class Results:
 
 
 def shown_rows(held_out: HeldOut) -> list[int]:
-    """Which held-out tiles are shown: of each photograph one close and one wide, from the middle of its list."""
-    chosen: dict[tuple[str, int], list[int]] = {}
+    """Which held-out tiles are shown: of each photograph two, a third and two thirds into its list."""
+    chosen: dict[str, list[int]] = {}
     for n, row in enumerate(held_out.rows):
-        chosen.setdefault((row["source"], row["scale"]), []).append(n)
-    return [places[len(places) // 2] for _, places in sorted(chosen.items())]
+        chosen.setdefault(row["source"], []).append(n)
+    return [places[len(places) * part // 3] for _, places in sorted(chosen.items()) for part in (1, 2)]
 
 
 def make_report(results: Results) -> Report:
