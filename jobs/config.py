@@ -92,9 +92,8 @@ def _parsed(override: str) -> DictConfig:
 def _problem(error: dict[str, Any], known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in _UNKNOWN:
-        known = [_filled(name, error["loc"]) for name in known]
-        close = difflib.get_close_matches(key, known, n=1) or _same_last_name(key, known)
-        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+        meant = _meant(key, [_filled(name, error["loc"]) for name in known])
+        return f"{key}: unknown key" + (f"; did you mean {meant[0]}?" if meant else "")
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -107,10 +106,14 @@ def _filled(known: str, loc: Sequence[Any]) -> str:
     return ".".join(str(loc[n]) if name == _ANY and n < len(loc) else name for n, name in enumerate(names))
 
 
-def _same_last_name(key: str, known: Sequence[str]) -> list[str]:
-    last_names = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key.rpartition(".")[2], last_names, n=1)
-    return [last_names[name] for name in close]
+def _meant(key: str, known: Sequence[str]) -> list[str]:
+    """The right name in the wrong place, or a name much like it, here or anywhere."""
+    last_names = {name.rpartition(".")[2]: name for name in reversed(known)}
+    last_name = key.rpartition(".")[2]
+    if last_name in last_names:
+        return [last_names[last_name]]
+    close = difflib.get_close_matches(last_name, last_names, n=1)
+    return difflib.get_close_matches(key, known, n=1) or [last_names[name] for name in close]
 
 
 def _known_keys(kind: Any, prefix: str = "") -> Iterator[str]:

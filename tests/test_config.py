@@ -137,6 +137,8 @@ def test_every_problem_is_reported_at_once_with_field_value_and_rule(file: Path)
         ("ray: {shard_in_flight: 1}", "ray.shards_in_flight"),
         ("num_actors: 1", "ray.num_actors"),  # at the wrong depth
         ("ray: {attempts: 1}", "attempts"),
+        ("metadata: {caption: {from: txt, decode_threads: 1}}", "ray.decode_threads"),
+        ("wait: {for: 1}", "ray.wait_s"),
         ("metadata: {caption: {form: txt, from: txt}}", "metadata.caption.from"),
         ("metadata: {a: {from: txt}, b: {from: txt, typ: string}}", "metadata.b.type"),
     ],

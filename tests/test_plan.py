@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.errors import RunMismatch
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, part_name
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, ShardTask, make_plan
 from pipeline.records import FailureReason, ObjectInfo, ShardResult, ShardState
 from pipeline.token_table import part_bytes, read_footer
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker, quarantine
@@ -181,14 +181,16 @@ def test_a_quarantined_shard_is_tried_again_knowing_of_its_errors_file(world: Wo
 
 
 def test_a_part_beside_a_quarantined_row_is_not_trusted(world: World) -> None:
-    """An actor that was given up may finish after all, beside the errors file of the quarantine."""
-    world.work(only=2)
-    (task,) = world.plan().todo
+    """An actor that was given up may still publish its part, after the quarantine replaced its errors file."""
+    world.spoil(2)
+    world.work(write_ledger=False)
+    late = world.part(2).read_bytes()
+    task = ShardTask(listed(world.path(2)), world.part(2).name)
     Ledger(world.output).append([quarantine(world.output, task, FailureReason.SHARD_TIMED_OUT, "slow", 3)])
-    worker = TokenizeWorker(FakeTokenizer(), TokenizeJob(world.output, fake_table(), 4, 1))
-    worker.tokenize(task)
-    assert world.part(2).exists()
+    world.part(2).write_bytes(late)
     assert world.todo() == ["made-000002.tar"]
+    world.work()
+    assert world.todo() == [] and world.part(2).read_bytes() == late
 
 
 def test_the_bytes_of_a_resumed_run_are_those_of_an_undisturbed_one(world: World, tmp_path: Path) -> None:

@@ -279,6 +279,12 @@ def test_checksums_of_signed_bytes_are_accepted_as_old_writers_made_them() -> No
     assert [m.name for m in read(bytes(block) + END)] == ["ü.jpg"]
 
 
+def test_what_gnu_tar_keeps_where_ustar_has_a_prefix_is_no_part_of_the_name() -> None:
+    block = header("a.jpg")
+    block[345:369] = b"14735412345\0" * 2  # times of access and change, of an incremental archive
+    assert [m.name for m in read(sealed(block) + END)] == ["a.jpg"]
+
+
 def test_a_negative_size_is_an_error() -> None:
     block = header("a.jpg", 0)
     block[124:136] = b"-0000000512\0"
