@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -127,16 +129,20 @@ def _run(command: Callable[[], Any]) -> int:
     except (PipelineError, ModelError) as error:
         _say(f"dvae: {error}")
         return int(getattr(error, "exit_code", 2))
-    except typer.Exit as error:
-        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _say(f"dvae: stopped; to go on:\n  {_command()}")
-        return 130
+        return _stopped()
+    except typer.Exit as error:  # 130: Typer's word for a KeyboardInterrupt
+        return _stopped() if error.exit_code == INTERRUPTED else error.exit_code
     except Exception as error:
         if not _is_usage(error):
             raise
         error.show()  # type: ignore[attr-defined]
         return 2
+
+
+def _stopped() -> int:
+    _say(f"dvae: stopped; to go on:\n  {_command()}")
+    return INTERRUPTED
 
 
 def _is_usage(error: Exception) -> bool:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -129,5 +129,6 @@ def _annotations(kind: Any) -> list[tuple[str, Any]]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [(field.alias or name, field.annotation) for name, field in kind.model_fields.items()]
     if isinstance(kind, type) and is_dataclass(kind):
-        return [(field.name, field.type) for field in fields(kind)]
+        types = get_type_hints(kind)  # a dataclass keeps its annotations as text
+        return [(field.name, types[field.name]) for field in fields(kind)]
     return []

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from make_data import image_bytes, tar_bytes
 
 from jobs.actors import ActorPool, PoolSettings
 from jobs.dispatch import Dispatch
+from make_data import image_bytes, tar_bytes
 from pipeline import storage
 from pipeline.images import ImageSpec, decode_image
 from pipeline.output import OutputPrefix

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from make_data import write_shards
-
 from jobs.train_config import TrainConfig
 from jobs.train_metrics import CLOCK_FIELDS
+from make_data import write_shards
 
 
 def write_training_data(folder: Path) -> None:

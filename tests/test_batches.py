@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_data import image_bytes
 
+from make_data import image_bytes
 from pipeline import batches
 from pipeline.batches import decode_sample, pixel_batches
 from pipeline.images import ImageSpec, decode_image

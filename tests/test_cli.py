@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import HeadTokenizer
-from make_data import write_checkpoint, write_shards
 
+from fakes import HeadTokenizer
 from jobs.checkpoints import read_head
+from make_data import write_checkpoint, write_shards
 from pipeline import storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger

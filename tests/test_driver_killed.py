@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from make_data import folder_bytes, write_checkpoint, write_shards
 
 from jobs.config import load_config
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
+from make_data import folder_bytes, write_checkpoint, write_shards
 
 pytestmark = pytest.mark.ray
 NUM_SHARDS, IMAGES = 12, 30

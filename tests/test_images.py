@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_data import bomb_png, encoded, pixels
 from PIL import Image, ImageDraw, ImageFile, ImageOps
 
+from make_data import bomb_png, encoded, pixels
 from pipeline.images import (
     MAX_PIXELS,
     ImageSpec,

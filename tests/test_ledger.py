@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from make_data import Killed, MortalStore
 
+from make_data import Killed, MortalStore
 from pipeline import ledger as ledger_module
 from pipeline import storage
 from pipeline.errors import StorageError

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_data import Killed, MortalStore, fake_table
 
+from make_data import Killed, MortalStore, fake_table
 from pipeline import storage
 from pipeline.errors import RunMismatch, StorageError
 from pipeline.images import ImageSpec

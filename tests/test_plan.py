@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+
 from make_data import (
     FakeTokenizer,
     MortalStore,
@@ -19,7 +20,6 @@ from make_data import (
     tar_bytes,
     write_shards,
 )
-
 from pipeline import plan as plan_module
 from pipeline import storage
 from pipeline.errors import RunMismatch

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_data import image_bytes, listed, sample_members, tar_bytes
 
+from make_data import image_bytes, listed, sample_members, tar_bytes
 from pipeline import storage
 from pipeline.errors import ShardTruncated
 from pipeline.records import FailureReason, RawSample

@@ -17,8 +17,8 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from make_data import Killed, MortalStore
 
+from make_data import Killed, MortalStore
 from pipeline import local_disk, storage
 from pipeline.errors import NoShardsMatched, PipelineError, ShardTruncated, StorageError
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from make_data import write_checkpoint, write_shards
 
 from jobs.config import ConfigError
 from jobs.submit import SubmitError, run_submit, submission_id
+from make_data import write_checkpoint, write_shards
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 

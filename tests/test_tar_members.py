@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 import pytest
-from make_data import encoded, image_bytes, pixels, tar_bytes
 
+from make_data import encoded, image_bytes, pixels, tar_bytes
 from pipeline.errors import ShardDamaged, ShardError, ShardTruncated, ShardUnreadable
 from pipeline.records import ObjectInfo
 from pipeline.tar_members import BLOCK, MAX_EXTENDED_HEADER_BYTES, MAX_PADDING_BYTES, Member, tar_members

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from make_data import fake_table
 
+from make_data import fake_table
 from pipeline.metadata import MetadataColumn
 from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFailure, Stage
 from pipeline.token_table import (

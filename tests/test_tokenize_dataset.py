@@ -14,14 +14,14 @@ from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
-from fakes import FakeSource, RecordingSource, ShardFault
-from make_data import folder_bytes, sample_members, tar_bytes, write_checkpoint, write_shards
 
+from fakes import FakeSource, RecordingSource, ShardFault
 from jobs.checkpoints import read_head
 from jobs.cluster import ClusterError
 from jobs.config import check
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
+from make_data import folder_bytes, sample_members, tar_bytes, write_checkpoint, write_shards
 from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
@@ -72,9 +72,8 @@ def test_every_image_of_every_shard_has_its_row(undisturbed: Path) -> None:
 
 
 def test_tokens_are_those_of_the_model_called_directly(undisturbed: Path, checkpoint: Path) -> None:
-    from make_data import image_bytes
-
     from jobs.api import load_tokenizer
+    from make_data import image_bytes
 
     table = ds.dataset(undisturbed / "tokens").to_table(filter=ds.field("key") == "img00003")
     tokens_BHW = load_tokenizer(str(checkpoint), device="cpu", batch_size=8).encode([image_bytes(3)])

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from make_data import (
     FakeTokenizer,
     Killed,
@@ -30,7 +31,6 @@ from make_data import (
     tar_bytes,
     write_shards,
 )
-
 from pipeline import storage
 from pipeline.errors import ShardError, ShardTruncated, ShardUnreadable, StorageError
 from pipeline.images import ImageSpec, decode_image

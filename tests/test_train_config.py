@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_training import settings
 
 from jobs.config import ConfigError, check, load_config
 from jobs.train_config import TrainConfig
+from make_training import settings
 from model.config import Ramp
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "train.yaml"

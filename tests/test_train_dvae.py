@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from make_data import write_shards
-from make_training import config, metric_lines, settings, weights, write_training_data
 from PIL import Image
 
 from jobs import train_dvae, train_worker
@@ -27,6 +25,8 @@ from jobs.train_progress import Status, TrainingFailed
 from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_tensorboard import TensorBoardMissing
 from jobs.train_worker import TooMuchBadData, TrainJob, train
+from make_data import write_shards
+from make_training import config, metric_lines, settings, weights, write_training_data
 from pipeline import storage
 from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease

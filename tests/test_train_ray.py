@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
-from make_data import write_shards
-from make_training import config, metric_lines, settings, weights, write_training_data
 
 from jobs.cluster import ClusterError
 from jobs.train_dvae import run_training
 from jobs.train_output import TrainOutput
 from jobs.train_progress import TrainingFailed
+from make_data import write_shards
+from make_training import config, metric_lines, settings, weights, write_training_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("fast_polls")]
 TWO = {"num_workers": 2}
