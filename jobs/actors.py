@@ -18,6 +18,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from jobs.cluster import ClusterError, describe_resources
 from jobs.dispatch import Dispatch, GivenUp, Work
 from model.config import ModelError
+from pipeline import storage
 from pipeline.errors import PipelineError, ShardError, StorageError
 from pipeline.plan import ShardTask
 from pipeline.records import FailureReason, ImageTokenizer, ShardResult
@@ -176,14 +177,19 @@ class ActorPool:
                 raise cause
             raise ClusterError(f"an actor could not load its tokenizer: {type(cause).__name__}: {cause}") from error
         message = f"{type(cause).__name__}: {cause}"
-        log.warning("%s failed (attempt %d): %s", call.work.task.shard.url, call.work.charged + 1, message)
+        log.warning(
+            "%s failed (attempt %d): %s", storage.public_url(call.work.task.shard.url), call.work.charged + 1, message
+        )
         given_up = self._dispatch.failed(call.slot.name, call.work, _reason(cause), message)
         if given_up is not None:
             yield given_up
 
     def _died(self, slot: _Slot, message: str, culprits: tuple[Work, ...] = ()) -> Iterator[GivenUp]:
         reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
-        held = ", ".join(work.task.shard.url for work in self._dispatch.held_by(slot.name)) or "no shard"
+        held = (
+            ", ".join(storage.public_url(work.task.shard.url) for work in self._dispatch.held_by(slot.name))
+            or "no shard"
+        )
         log.warning("%s is replaced while it held %s: %s", slot.name, held, message)
         if not slot.ready:
             slot.failed_starts += 1
@@ -234,6 +240,10 @@ class ActorPool:
         if now - self._said_waiting > SAY_WAITING_EVERY_S:
             self._said_waiting = now
             log.warning("waiting for %s; the cluster has %s", wanted, describe_resources())
+
+
+def _shown(work: Work) -> str:
+    return storage.public_url(work.task.shard.url)
 
 
 def _reason(cause: Exception) -> FailureReason:

@@ -146,7 +146,8 @@ class Session:
     def _record(self, outcome: ShardResult | GivenUp) -> None:
         if not isinstance(outcome, ShardResult):
             work = outcome.work
-            log.error("%s is quarantined (%s): %s", work.task.shard.url, outcome.reason, outcome.message)
+            url = storage.public_url(work.task.shard.url)
+            log.error("%s is quarantined (%s): %s", url, outcome.reason, outcome.message)
             outcome = quarantine(self._output, work.task, outcome.reason, outcome.message, work.charged)
         self._rows.append(outcome)
         self._totals = self._totals.plus(outcome)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -105,6 +104,8 @@ class TokenizeWorker:
     def _encode(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[Any]:
         with self._encoding:
             tokens_BHW = self._tokenizer.encode(pixels_BHWC)
+        if len(tokens_BHW) != len(pixels_BHWC):
+            raise ValueError(f"the encoder gave {len(tokens_BHW)} grids for {len(pixels_BHWC)} images")
         return narrow_tokens(tokens_BHW, self._job.table)
 
     def _publish(self, task: ShardTask, part: bytes, failures: list[SampleFailure]) -> None:
@@ -132,8 +133,3 @@ def quarantine(
         storage.public_url(task.shard.url), task.shard.size_bytes, task.shard.etag, ShardState.QUARANTINED,
         attempts=attempts, reason=reason.value, message=message[:2000],
     )  # fmt: skip
-
-
-def default_decode_threads() -> int:
-    """One a core that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)))
