@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -28,6 +30,12 @@ def is_temporary(name: str) -> bool:
 def remove_temporaries(folder: Path) -> None:
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """The folder and all in it; one that is not there is no error."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -55,14 +55,19 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _named(action: str, url: str) -> Iterator[None]:
-    """Give every error of a store a name and the URL; a missing object stays FileNotFoundError."""
+def _named(action: str, url: str, *, writes: bool = False) -> Iterator[None]:
+    """Give every error of a store a name and the URL; a missing object stays FileNotFoundError, but where one is
+    written it is the bucket or the folder that is missing."""
     try:
         yield
-    except (FileNotFoundError, StorageError):
+    except StorageError:
         raise
     except Exception as error:  # each store's client raises its own kinds, botocore's are no OSError
-        message = f"cannot {action} {public_url(url)}: {type(error).__name__}: {error}"
+        missing = isinstance(error, FileNotFoundError)
+        if missing and not writes:
+            raise
+        remedy = "; check the bucket or the folder" if missing else ""
+        message = f"cannot {action} {public_url(url)}: {type(error).__name__}: {error}{remedy}"
         raise StorageError(public_text(message)) from error
 
 
@@ -97,7 +102,7 @@ def exists(url: str) -> bool:
 def publish(url: str, data: bytes) -> None:
     """Make `data` appear at `url` whole or not at all, replacing what was there."""
     fs, path = filesystem(url)
-    with _named("write", url):
+    with _named("write", url, writes=True):
         if is_local(url):
             local_disk.write_whole(Path(path), data)
         else:
@@ -108,7 +113,7 @@ def create(url: str, data: bytes) -> bool:
     """As `publish`, but only where nothing is yet. `data` must hold an id of its writer: an answer that
     was lost makes the client try again and be refused by its own success, so the object is compared."""
     fs, path = filesystem(url)
-    with _named("create", url):
+    with _named("create", url, writes=True):
         try:
             if is_local(url):
                 local_disk.create_whole(Path(path), data)
@@ -117,9 +122,16 @@ def create(url: str, data: bytes) -> bool:
         except OSError as error:
             if not (isinstance(error, FileExistsError) or error.errno == errno.EINVAL):
                 raise
-            fs.invalidate_cache()
-            return bool(fs.cat_file(path) == data)
+            return _holds(fs, path, data)
     return True
+
+
+def _holds(fs: Any, path: str, data: bytes) -> bool:
+    fs.invalidate_cache()
+    try:
+        return bool(fs.cat_file(path) == data)
+    except FileNotFoundError:  # whoever was there has gone meanwhile
+        return False
 
 
 def remove(url: str) -> None:
@@ -130,6 +142,15 @@ def remove(url: str) -> None:
             fs.rm_file(path)
         except FileNotFoundError:
             return
+
+
+def remove_folder(url: str) -> None:
+    """Remove all objects below; on a local disk the folder too, with what a killed `publish` left in it."""
+    for info in list_files(url):
+        remove(info.url)
+    if is_local(url):
+        with _named("remove", url):
+            local_disk.remove_tree(Path(normalize(url)))
 
 
 def remove_temporaries(prefix_url: str) -> None:

@@ -174,6 +174,60 @@ def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     storage.remove("memory://storage-test/nothing")
 
 
+@pytest.mark.parametrize("action", ["publish", "create"])
+def test_writing_where_no_folder_can_be_names_the_url_and_the_remedy(action: str) -> None:
+    with pytest.raises(StorageError, match=r"/proc/nope/out: .*; check the bucket or the folder"):
+        getattr(storage, action)("/proc/nope/out", b"x")
+
+
+class NoSuchBucket(MemoryFileSystem):
+    """Says it as s3fs does."""
+
+    protocol = "nobucket"
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    def rm_file(self, path: str) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+
+@pytest.mark.parametrize("action", ["publish", "create"])
+def test_writing_to_a_bucket_that_is_not_there_names_it(action: str) -> None:
+    fsspec.register_implementation("nobucket", NoSuchBucket, clobber=True)
+    with pytest.raises(StorageError, match=r"nobucket://tpyo/run\.json: .*; check the bucket or the folder"):
+        getattr(storage, action)("nobucket://tpyo/run.json", b"x")
+    storage.remove("nobucket://tpyo/run.json")
+
+
+def test_an_object_that_goes_while_it_is_compared_was_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "memory://storage-test/brief"
+    assert storage.create(url, b"writer one")
+
+    def gone(*_: Any) -> bytes:
+        raise FileNotFoundError(url)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", gone)
+    assert not storage.create(url, b"writer two")
+    storage.remove(url)
+
+
+def test_removing_a_folder_takes_what_a_killed_writer_left_and_nothing_beside_it(tmp_path: Path) -> None:
+    make(tmp_path, "step-1/model", "step-1/.model.0123.tmp", "step-1/below/x", "step-10/model")
+    for base in (str(tmp_path), "memory://storage-test/folders"):
+        for name in ("step-1/model", "step-1/below/x", "step-10/model"):
+            storage.publish(f"{base}/{name}", b"x")
+        storage.remove_folder(f"{base}/step-1")
+        storage.remove_folder(f"{base}/step-1")  # not there any more
+        assert urls_below(base) == [f"{base}/step-10/model"]
+    assert names(tmp_path) == ["step-10"]
+    storage.remove("memory://storage-test/folders/step-10/model")
+
+
+def urls_below(url: str) -> list[str]:
+    return [info.url for info in storage.list_files(url)]
+
+
 def test_temporaries_of_a_killed_writer_are_not_listed_and_are_removed_on_a_disk_only(tmp_path: Path) -> None:
     make(tmp_path, "tokens/a.parquet", "tokens/.a.parquet.0123.tmp")
     assert [i.url for i in storage.list_files(str(tmp_path))] == [str(tmp_path / "tokens" / "a.parquet")]
