@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.train_config import TrainConfig
-from jobs.train_output import TrainOutput, claim, identity
+from jobs.train_output import TrainOutput, check, claim, identity
 from jobs.train_progress import Status, StepProgress, TrainingFailed, stop_signals
 from jobs.train_tensorboard import wants_events
 from pipeline import storage
@@ -39,7 +39,8 @@ def run_training(config: TrainConfig, command: str) -> int:
     config = config.model_copy(update={"output": output.url})  # workers have another working directory
     wants_events(config.log.tensorboard)
     train, val = _shards(config)
-    claim(output, identity(config, train, val))
+    mine = identity(config, train, val)
+    check(output, mine)
     console = Console(soft_wrap=True, highlight=False)
     done = output.finished_step()
     if done is not None and done >= config.steps:
@@ -48,12 +49,11 @@ def run_training(config: TrainConfig, command: str) -> int:
     _announce(config, train, val)
     try:
         with Lease(OutputPrefix(output.url)):
+            claim(output, mine)
             storage.remove_temporaries(output.url)
             ending = _train(config, train, val)
     except KeyboardInterrupt:
         ending = "stopped"
-    except StorageError as error:
-        raise TrainingFailed(f"{error}; the same command goes on from the newest checkpoint") from error
     if ending == "stopped":
         console.print(f"[yellow]stopped[/]; go on with\n  {escape(command)}")
         return STOPPED
@@ -94,11 +94,14 @@ def _train(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) 
     from jobs.train_worker import TrainJob  # torch and Ray are imported only where there is work
 
     job = TrainJob(config, tuple(train), tuple(val))
-    if config.ray.num_workers == 0:
-        return _train_here(job)
-    from jobs.train_ray import train_on_ray
+    try:
+        if config.ray.num_workers == 0:
+            return _train_here(job)
+        from jobs.train_ray import train_on_ray
 
-    return train_on_ray(job)
+        return train_on_ray(job)
+    except StorageError as error:
+        raise TrainingFailed(f"{error}; the same command goes on from the newest checkpoint") from error
 
 
 def _train_here(job: TrainJob) -> Ending:

@@ -15,13 +15,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jobs.checkpoints import RECORD, TRAINED_MODEL
 from jobs.train_config import TrainConfig
 from pipeline import storage
-from pipeline.errors import RunMismatch, StorageError
+from pipeline.errors import RunMismatch
+from pipeline.output import read_json
 from pipeline.records import ObjectInfo
 
 RUN_FORMAT = 1
@@ -66,8 +66,13 @@ class TrainOutput:
 
     def finished_step(self) -> int | None:
         """How many steps the finished model has; None while there is none."""
-        record = _read_json(self.file(TRAINED_MODEL, RECORD))
+        record = read_json(self.file(TRAINED_MODEL, RECORD))
         return None if record is None else int(record["step"])
+
+    def has_begun(self) -> bool:
+        """Whether anything is there that a run of other settings could be mixed with."""
+        folders = (self.file("checkpoints"), self.model_folder())
+        return storage.exists(self.file("metrics.jsonl")) or any(storage.list_files(url) for url in folders)
 
     def read_metrics(self) -> list[Line]:
         try:
@@ -106,10 +111,7 @@ class TrainOutput:
         """The record first: what is left of a half removed one is no checkpoint."""
         folder = self.file("checkpoints", step_name(step))
         storage.remove(storage.join(folder, RECORD))
-        for info in storage.list_files(folder):
-            storage.remove(info.url)
-        if storage.is_local(folder):
-            Path(folder).rmdir()
+        storage.remove_folder(folder)
 
 
 def identity(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> dict[str, Any]:
@@ -122,14 +124,23 @@ def identity(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]
 
 
 def claim(output: TrainOutput, mine: dict[str, Any]) -> None:
-    """Write run.json, or check that it describes this run. Raises RunMismatch naming the field and both values."""
-    stored = _read_json(output.file("run.json"))
-    if stored is None:
-        record = {"kind": "train", "format": RUN_FORMAT, "identity": mine}
+    """Write run.json. Only for whoever holds the output's lease. Raises RunMismatch."""
+    check(output, mine)
+    record = {"kind": "train", "format": RUN_FORMAT, "identity": mine}
+    if read_json(output.file("run.json")) != record:
         storage.publish(output.file("run.json"), json.dumps(record, indent=2).encode())
+
+
+def check(output: TrainOutput, mine: dict[str, Any]) -> None:
+    """Raises RunMismatch naming the field and both values where the output holds another run. One that was refused
+    before it left anything but run.json holds nothing: the remedy may be other settings."""
+    stored = read_json(output.file("run.json"))
+    if stored is None:
         return
     if stored.get("kind") != "train" or stored.get("format") != RUN_FORMAT:
         raise RunMismatch(f"{output.url} holds a run of another kind, not of `dvae train`; choose another output")
+    if not output.has_begun():
+        return
     theirs = stored["identity"]
     for name in [*mine, *(name for name in theirs if name not in mine)]:
         if mine.get(name) != theirs.get(name):
@@ -137,15 +148,6 @@ def claim(output: TrainOutput, mine: dict[str, Any]) -> None:
                 f"{output.url} holds another run: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here; "
                 "choose another output, or go back to the settings of that run"
             )
-
-
-def _read_json(url: str) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(storage.read_bytes(url)))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StorageError(f"{url} is damaged: {error}") from error
 
 
 def _fingerprint(shards: list[ObjectInfo]) -> str:

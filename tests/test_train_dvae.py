@@ -20,7 +20,7 @@ from PIL import Image
 from jobs import train_dvae, train_worker
 from jobs.train_dvae import TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
-from jobs.train_output import TrainOutput
+from jobs.train_output import TrainOutput, claim
 from jobs.train_progress import Status, TrainingFailed
 from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_tensorboard import TensorBoardMissing
@@ -239,6 +239,45 @@ def test_a_gpu_that_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
         pytest.skip("there is one here")
     with pytest.raises(NoGpu, match=r"ray\.use_gpu=false"):
         run_training(config(folder, output=str(tmp_path), ray={"use_gpu": True}), "dvae train")
+
+
+def test_a_refused_start_does_not_hold_the_output_for_its_settings(folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(NoGpu):
+        run_training(config(folder, output=str(tmp_path), precision="bf16", ray={"use_gpu": True}), "dvae train")
+    assert run_training(config(folder, output=str(tmp_path), steps=4), "dvae train") == 0
+    assert json.loads((tmp_path / "run.json").read_text())["identity"]["precision"] == "fp32"
+    with pytest.raises(RunMismatch, match="precision is 'fp32' there"):
+        run_training(config(folder, output=str(tmp_path), steps=4, precision="bf16"), "dvae train")
+
+
+def test_a_run_that_another_driver_has_just_begun_keeps_its_settings(folder: Path, tmp_path: Path) -> None:
+    claim(TrainOutput(str(tmp_path)), {"seed": 1})
+    before = (tmp_path / "run.json").read_bytes()
+    with Lease(OutputPrefix(str(tmp_path))), pytest.raises(RunHeld):
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_2(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, output="/proc/nope/out")))
+    command = [sys.executable, "-m", "jobs.cli", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "DVAE_LOG": "ERROR"})
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "cannot create /proc/nope/out/lease.json" in line and "check the bucket or the folder" in line
+
+
+def test_an_old_checkpoint_goes_with_what_a_killed_writer_left_in_it(tmp_path: Path) -> None:
+    output = TrainOutput(str(tmp_path))
+    output.save_checkpoint(1, {"checkpoint.json": b"{}"}, keep_last=1)
+    (tmp_path / "checkpoints" / "step-00000001" / ".model.safetensors.0123.tmp").write_bytes(b"half")
+    output.save_checkpoint(2, {"checkpoint.json": b"{}"}, keep_last=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_held_out_shards_without_a_usable_image_are_an_error(folder: Path, tmp_path: Path) -> None:
