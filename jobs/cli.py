@@ -93,7 +93,7 @@ def demo(
     return run_demo(folder)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def submit(
     job: Annotated[str, typer.Argument(help="train or tokenize", metavar="train|tokenize")],
     config: Config,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
@@ -20,13 +23,16 @@ from rich.markup import escape
 from jobs.config import ConfigError, Section, load_config
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
+from pipeline import storage
 from pipeline.errors import PipelineError
 
+log = logging.getLogger(__name__)
 KINDS: dict[str, type[Section]] = {"train": TrainConfig, "tokenize": TokenizeConfig}
 EXCLUDED = [".git", ".venv", "**/__pycache__", "*.egg-info", "demo-output", "**/*.tar", "**/*.parquet"]
 
 NO_AGENT = "No available agent"  # a head answers some seconds before it can run jobs
 AGENT_WAIT_S = 60.0
+RECONNECT_S = 2.0
 
 
 class SubmitError(PipelineError):
@@ -39,8 +45,10 @@ def run_submit(kind: str, config: str, overrides: Sequence[str], *, address: str
     if kind not in KINDS:
         raise ConfigError(f"{kind!r} cannot be submitted: name one of {', '.join(KINDS)}")
     settings = load_config(KINDS[kind], config, overrides)
+    output = str(getattr(settings, "output"))  # noqa: B009 - each kind has one
+    _refuse_relative(output)
     client = _connect(address)
-    name = submission_id(kind, str(getattr(settings, "output")))  # noqa: B009 - each kind has one
+    name = submission_id(kind, output)
     entrypoint = shlex.join(["python", "-m", "jobs.cli", kind, _below_here(config), *overrides])
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if _is_running(client, name):
@@ -70,6 +78,29 @@ def _connect(address: str | None) -> JobSubmissionClient:
         raise SubmitError(f"no Ray Jobs server at {found}: {str(error).splitlines()[0]}") from error
 
 
+def _refuse_relative(output: str) -> None:
+    if storage.is_local(output) and "://" not in output and not Path(output).is_absolute():
+        raise SubmitError(
+            f"output {output} is a relative path: on the cluster it would lie in the job's temporary folder; "
+            "give a URL, or an absolute path on storage that all nodes share"
+        )
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """The client's errors (RuntimeError for an answer, OSError for none) as one line."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise SubmitError(
+            f"the Jobs server failed: {_first_line(error)}; the same command finds the job again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _below_here(config: str) -> str:
     """The path that the file has on the cluster, where the current folder is the working directory."""
     if "://" in config:
@@ -81,12 +112,14 @@ def _below_here(config: str) -> str:
 
 
 def _is_running(client: JobSubmissionClient, name: str) -> bool:
-    return any(job.submission_id == name and not job.status.is_terminal() for job in client.list_jobs())
+    with _asking():
+        return any(job.submission_id == name and not job.status.is_terminal() for job in client.list_jobs())
 
 
 def _submit(client: JobSubmissionClient, name: str, entrypoint: str) -> None:
-    if any(job.submission_id == name for job in client.list_jobs()):
-        client.delete_job(name)  # an earlier one that has ended; what it did lies in its output
+    with _asking():
+        if any(job.submission_id == name for job in client.list_jobs()):
+            client.delete_job(name)  # an earlier one that has ended; what it did lies in its output
     runtime_env = {"working_dir": ".", "excludes": EXCLUDED}
     deadline = time.monotonic() + AGENT_WAIT_S
     while True:
@@ -100,18 +133,32 @@ def _submit(client: JobSubmissionClient, name: str, entrypoint: str) -> None:
 
 
 def _follow(client: JobSubmissionClient, name: str, console: Console) -> int:
+    shown = 0
     try:
-        asyncio.run(_print_logs(client, name))
+        while True:
+            shown = asyncio.run(_print_logs(client, name, shown))
+            with _asking():
+                info = client.get_job_info(name)
+            if info.status.is_terminal():
+                return _exit_code(info, console)
+            time.sleep(RECONNECT_S)  # the connection was closed before the job ended
     except KeyboardInterrupt:
         console.print(f"detached; {name} goes on. The same command follows it again.")
         return 130
-    return _exit_code(client.get_job_info(name), console)
 
 
-async def _print_logs(client: JobSubmissionClient, name: str) -> None:
-    async for lines in client.tail_job_logs(name):
-        sys.stdout.write(lines)
-        sys.stdout.flush()
+async def _print_logs(client: JobSubmissionClient, name: str, shown: int) -> int:
+    """Print the log but for its first `shown` characters, until the connection ends, however it ends; how many
+    characters have been shown then. Each connection sends the log from its beginning."""
+    seen = 0
+    try:
+        async for lines in client.tail_job_logs(name):
+            sys.stdout.write(lines[max(0, shown - seen) :])
+            sys.stdout.flush()
+            seen += len(lines)
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        log.info("the log connection broke: %s", _first_line(error))
+    return max(shown, seen)
 
 
 def _exit_code(info: Any, console: Console) -> int:

@@ -29,6 +29,7 @@ DOORS = {
     "pydantic": {"jobs"},
     "typer": {"jobs/cli.py"},
     "rich": {"jobs"},
+    "aiohttp": {"jobs/submit.py"},  # Ray's Jobs client raises its errors
     "duckdb": {"jobs/demo_queries.py"},
     "skimage": {"jobs/demo_images.py"},
     "jinja2": {"jobs/report_page.py"},
@@ -66,7 +67,7 @@ def test_every_import_comes_through_its_door(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_room_grows_past_its_walls(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 330, f"{name(path)}: would two rooms read better?"
+    assert len(path.read_text().splitlines()) <= 300, f"{name(path)}: would two rooms read better?"
 
 
 def test_no_module_is_named_after_one_of_the_standard_library() -> None:

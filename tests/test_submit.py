@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.job_submission import JobStatus
+from rich.console import Console
 
+from jobs import submit as submit_module
 from jobs.config import ConfigError
 from jobs.submit import SubmitError, run_submit, submission_id
 from make_data import write_checkpoint, write_shards
+from ports import free_ports
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -43,16 +48,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         head.send_signal(signal.SIGTERM)
         head.wait(30)
         log.close()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def wait_for(url: str, timeout_s: float = 60) -> None:
@@ -104,9 +99,67 @@ def test_what_is_wrong_is_said_before_anything_is_sent(tmp_path: Path, monkeypat
         run_submit("tokenise", str(tmp_path / "t.yaml"), [], address=None, follow=True)
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: c\n")
+    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
     with pytest.raises(SubmitError, match="--address"):
         run_submit("tokenize", str(tmp_path / "t.yaml"), [], address=None, follow=True)
+
+
+@pytest.mark.parametrize("output", ["runs/tokens", "./c", "../c"])
+def test_an_output_in_the_jobs_own_folder_is_refused_before_anything_is_sent(tmp_path: Path, output: str) -> None:
+    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    with pytest.raises(SubmitError, match="give a URL, or an absolute path on storage that all nodes share"):
+        run_submit("tokenize", str(tmp_path / "t.yaml"), [f"output={output}"], address=None, follow=True)
+
+
+def test_a_misspelt_option_is_named_and_taken_for_no_override(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    done = submit(dict(os.environ), tmp_path, "batch_size=4", "--adress", "http://head")
+    assert done.returncode == 2 and "--adress" in done.stderr and "override" not in done.stderr
+
+
+class FlakyClient:
+    """A Jobs server whose log connection breaks before the job ends, in each of the ways that Ray's can."""
+
+    chunks = ("one\n", "two\n", "three\n")  # a log is sent from its beginning at each connection
+    breaks = (RuntimeError("WebSocket connection closed unexpectedly"), None, ConnectionResetError("gone"), None)
+
+    def __init__(self) -> None:
+        self.connections = 0
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        broken = self.breaks[self.connections]
+        self.connections += 1
+        for chunk in self.chunks[: self.connections]:
+            yield chunk
+        if broken is not None:
+            raise broken
+
+    def get_job_info(self, name: str) -> Any:
+        ended = self.connections == len(self.breaks)
+        status = JobStatus.FAILED if ended else JobStatus.RUNNING
+        return SimpleNamespace(status=status, submission_id=name, message="", driver_exit_code=3)
+
+
+def test_a_broken_log_connection_is_taken_up_again_until_the_job_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit_module, "RECONNECT_S", 0.0)
+    client = FlakyClient()
+    assert submit_module._follow(client, "dvae-x", Console(stderr=True)) == 3
+    assert client.connections == 4
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_errors_of_the_jobs_server_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Refusing:
+        def list_jobs(self) -> list[Any]:
+            raise RuntimeError("Request failed with status code 500: head is away.\nTraceback")
+
+    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit_module, "JobSubmissionClient", lambda address: Refusing())
+    with pytest.raises(SubmitError, match=r"the Jobs server failed: .* 500: head is away\.; [^\n]*$"):
+        run_submit("tokenize", "t.yaml", [], address="http://head", follow=True)
 
 
 def test_the_submission_id_follows_from_the_output() -> None:
