@@ -29,6 +29,7 @@ POLL_S = 0.5
 PROBE_EVERY_S = 1.0
 SAY_WAITING_EVERY_S = 10.0
 MAX_FAILED_STARTS = 3  # of one slot, in a row
+MAX_START_PAUSE_S = 60.0
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 _REASONS = {
     "truncated": FailureReason.SHARD_TRUNCATED,
@@ -54,8 +55,10 @@ class TokenizeActor:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._worker = TokenizeWorker(self._source.load(), self._job)
 
-    def tokenize(self, task: ShardTask) -> ShardResult:
+    def tokenize(self, task: ShardTask, delay_s: float) -> ShardResult:
+        """`delay_s`: what failed just now is not tried again at once."""
         assert self._worker is not None, "load comes first"
+        time.sleep(delay_s)
         return self._worker.tokenize(task)
 
     def ping(self) -> None:
@@ -70,15 +73,18 @@ class PoolSettings:
     shards_in_flight: int
     wait_s: float
     shard_deadline_s: float
+    retry_pause_s: float
 
 
 @dataclass
 class _Slot:
-    """One place in the pool; its actor may be replaced. `ready` once loaded and while it can be reached."""
+    """One place in the pool; its actor may be replaced. `ready` once loaded and while it can be reached. `deaths`:
+    in a row, without a finished shard between; `failed_starts` likewise, without a load between."""
 
     name: str
-    actor: Any
+    actor: Any = None
     ready: bool = False
+    deaths: int = 0
     failed_starts: int = 0
 
 
@@ -98,12 +104,14 @@ class ActorPool:
         self._dispatch = Dispatch((), attempts=1, in_flight_limit=1)
         self._calls: dict[Any, _Call] = {}
         self._probe_at: dict[str, float] = {}
+        self._start_at: dict[str, float] = {}
+        self._ever_ready = False
         self._remote = ray.remote(
             num_gpus=settings.gpus_per_actor,
             num_cpus=settings.cpus_per_actor,
             max_concurrency=settings.shards_in_flight + 1,
         )(TokenizeActor)
-        self._slots = [_Slot(f"actor-{n}", None) for n in range(settings.num_actors)]
+        self._slots = [_Slot(f"actor-{n}") for n in range(settings.num_actors)]
         self._waiting_since = time.monotonic()
         self._said_waiting = self._waiting_since
 
@@ -127,12 +135,20 @@ class ActorPool:
         self._dispatch = dispatch
         while not self._dispatch.finished:
             self._hand_out()
-            done, _ = ray.wait(list(self._calls), timeout=POLL_S)
+            done = self._wait()
             for ref in done:
                 yield from self._finish(ref, self._calls.pop(ref))
             yield from self._stop_hung()
+            self._start_again()
             self._probe_unreachable()
             self._check_waiting()
+
+    def _wait(self) -> list[Any]:
+        if not self._calls:  # every slot pauses before its next start
+            time.sleep(POLL_S)
+            return []
+        done, _ = ray.wait(list(self._calls), timeout=POLL_S)
+        return list(done)
 
     def _start(self, slot: _Slot) -> None:
         slot.actor, slot.ready = self._remote.remote(self._source, self._job), False
@@ -147,7 +163,8 @@ class ActorPool:
             given = False
             for slot in self._slots:
                 if slot.ready and (work := self._dispatch.next_for(slot.name)) is not None:
-                    self._call(slot, slot.actor.tokenize.remote(work.task), work)
+                    delay_s = self._settings.retry_pause_s * 2 ** (work.charged - 1) if work.charged else 0.0
+                    self._call(slot, slot.actor.tokenize.remote(work.task, delay_s), work)
                     given = True
 
     def _finish(self, ref: Any, call: _Call) -> Iterator[ShardResult | GivenUp]:
@@ -162,8 +179,10 @@ class ActorPool:
         except RayError as error:
             yield from self._died(call.slot, _first_and_last_line(error))
         else:
+            self._ever_ready = True
             call.slot.ready, call.slot.failed_starts = True, 0
             if call.work is not None:
+                call.slot.deaths = 0
                 self._dispatch.done(call.slot.name, call.work)
                 yield _with_attempts(result, call.work)
 
@@ -171,33 +190,51 @@ class ActorPool:
         return call.work is not None and call.work not in self._dispatch.held_by(call.slot.name)
 
     def _raised(self, call: _Call, error: RayTaskError) -> Iterator[GivenUp]:
+        """A shard or the store at fault is a failed attempt; anything else puts the actor itself in doubt (a CUDA
+        error sticks to its process), so it is replaced, and its shards are tried again alone."""
         cause = error.cause
-        if call.work is None:
-            if isinstance(cause, PipelineError | ModelError):
-                raise cause
-            raise ClusterError(f"an actor could not load its tokenizer: {type(cause).__name__}: {cause}") from error
         message = f"{type(cause).__name__}: {cause}"
-        log.warning(
-            "%s failed (attempt %d): %s", storage.public_url(call.work.task.shard.url), call.work.charged + 1, message
-        )
-        given_up = self._dispatch.failed(call.slot.name, call.work, _reason(cause), message)
-        if given_up is not None:
-            yield given_up
+        if call.work is None:
+            if not self._ever_ready and isinstance(cause, PipelineError | ModelError):
+                raise cause  # no such checkpoint: all actors will say the same
+            yield from self._replace(call.slot, f"it could not load its tokenizer: {message}")
+        elif isinstance(cause, ShardError | StorageError | OSError):
+            log.warning("%s failed (attempt %d): %s", _shown(call.work), call.work.charged + 1, message)
+            given_up = self._dispatch.failed(call.slot.name, call.work, _reason(cause), message)
+            if given_up is not None:
+                yield given_up
+        else:
+            yield from self._replace(call.slot, message)
+
+    def _replace(self, slot: _Slot, message: str) -> Iterator[GivenUp]:
+        ray.kill(slot.actor)
+        yield from self._died(slot, message)
 
     def _died(self, slot: _Slot, message: str, culprits: tuple[Work, ...] = ()) -> Iterator[GivenUp]:
         reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
-        held = (
-            ", ".join(storage.public_url(work.task.shard.url) for work in self._dispatch.held_by(slot.name))
-            or "no shard"
-        )
+        held = ", ".join(_shown(work) for work in self._dispatch.held_by(slot.name)) or "no shard"
         log.warning("%s is replaced while it held %s: %s", slot.name, held, message)
-        if not slot.ready:
-            slot.failed_starts += 1
-            if slot.failed_starts >= MAX_FAILED_STARTS:
-                raise ClusterError(f"{slot.name} died {slot.failed_starts} times while it started: {message}")
         yield from self._dispatch.actor_lost(slot.name, reason, message, culprits)
         self._probe_at.pop(slot.name, None)
-        self._start(slot)
+        slot.failed_starts += not slot.ready
+        slot.deaths, slot.ready = slot.deaths + 1, False
+        if slot.failed_starts >= MAX_FAILED_STARTS:
+            self._retire(slot, message)
+        else:  # the first replacement at once, the next ones later and later
+            self._start_at[slot.name] = time.monotonic() + min(MAX_START_PAUSE_S, 2.0 ** (slot.deaths - 1) - 1)
+
+    def _retire(self, slot: _Slot, message: str) -> None:
+        """The run goes on with the other slots, if there are any."""
+        self._slots.remove(slot)
+        if not self._slots:
+            raise ClusterError(f"{slot.name} died {slot.failed_starts} times while it started: {message}")
+        log.warning("%s is given up after %d failed starts", slot.name, slot.failed_starts)
+
+    def _start_again(self) -> None:
+        for slot in self._slots:
+            if time.monotonic() >= self._start_at.get(slot.name, float("inf")):
+                del self._start_at[slot.name]
+                self._start(slot)
 
     def _unreachable(self, call: _Call, error: RayError) -> Iterator[GivenUp]:
         if call.slot.ready:
@@ -247,11 +284,7 @@ def _shown(work: Work) -> str:
 
 
 def _reason(cause: Exception) -> FailureReason:
-    if isinstance(cause, ShardError):
-        return _REASONS[cause.reason]
-    if isinstance(cause, StorageError | OSError):
-        return FailureReason.SHARD_UNREADABLE
-    return FailureReason.SHARD_CRASHED
+    return _REASONS[cause.reason] if isinstance(cause, ShardError) else FailureReason.SHARD_UNREADABLE
 
 
 def _with_attempts(result: ShardResult, work: Work) -> ShardResult:

@@ -35,6 +35,11 @@ class JobProgress:
         if self._bar is not None:
             self._bar.stop()
 
+    def note(self, line: str) -> None:
+        """A line for the log; where a person looks at the bar it would be in the way."""
+        if self._bar is None:
+            log.info("%s", line)
+
     def advance(self, count: int, text: str) -> None:
         self._done += count
         if self._bar is not None and self._task is not None:

@@ -15,7 +15,7 @@ from jobs.contact_sheet import contact_sheet_png
 from pipeline import storage
 from pipeline.errors import PipelineError, RunMismatch, StorageError
 from pipeline.images import ImageSpec, SampleError, decode_image
-from pipeline.output import OutputPrefix, listed, part_name, read_run
+from pipeline.output import OutputPrefix, listed, part_name, require_run
 from pipeline.token_table import read_footer, read_table, read_tokens
 
 # B images, H W token rows and columns, N = H * W
@@ -48,7 +48,7 @@ def run_show(
 ) -> int:
     """Write the contact sheet and say what is on it. Returns 1 when a key that was asked for has no row."""
     output = OutputPrefix(storage.normalize(output_url))
-    run = _run(output)
+    run = require_run(output)
     tokenizer = load_matching_tokenizer(run, checkpoint, output.url)
     rows = rows_to_show(output, keys, limit)
     originals = Originals(output, run)
@@ -57,13 +57,6 @@ def run_show(
     missing = _why_missing(output, {*(keys or ())} - {row["key"] for row in rows})
     _say(Console(), png, rows, found, missing)
     return 1 if missing else 0
-
-
-def _run(output: OutputPrefix) -> dict[str, Any]:
-    run = read_run(output)
-    if run is None:
-        raise PipelineError(f"{output.url} holds no run (no run.json); name an output of `dvae tokenize`")
-    return run
 
 
 def load_matching_tokenizer(run: dict[str, Any], checkpoint: str, output_url: str) -> Decoder:

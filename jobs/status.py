@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from pipeline import storage
-from pipeline.errors import PipelineError
 from pipeline.lease import is_held
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, listed, read_manifest, read_run
+from pipeline.output import OutputPrefix, listed, read_manifest, require_run
 from pipeline.plan import PlanRecord, read_plan_record
 from pipeline.records import ShardResult, ShardState
 from pipeline.token_table import count_errors
 
 MAX_QUARANTINED_SHOWN = 20
-
-
-class NoRun(PipelineError):
-    """The prefix holds no run."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,7 @@ def run_status(output_url: str, *, as_json: bool) -> int:
 
 def read_status(output: OutputPrefix) -> Status:
     """One listing of tokens/ and errors/, the ledger and the errors files."""
-    run = read_run(output)
-    if run is None:
-        raise NoRun(f"{output.url} holds no run (no run.json); name the output of `dvae tokenize`")
+    run = require_run(output)
     rows = list(Ledger(output).read().values())
     parts, errors = listed(output.tokens_folder()), listed(output.errors_folder())
     done = [row for row in rows if row.state is ShardState.DONE]
@@ -103,8 +97,9 @@ def _state(output: OutputPrefix) -> str:
 def _speed(plan: PlanRecord, done: list[ShardResult], num_lost: int) -> tuple[float, float | None]:
     """(images a second, seconds left) of the driver at work; the latter unknown before its first shard."""
     since_s = max(1e-9, time.time() - plan.started)
-    num_new = len(done) + num_lost - plan.num_done
-    num_left = plan.num_shards - len(done) - num_lost
+    num_newly_lost = max(0, num_lost - plan.num_lost)
+    num_new = len(done) - plan.num_done + num_newly_lost
+    num_left = max(0, plan.num_shards - len(done) - num_newly_lost)
     images_per_s = (sum(row.num_rows for row in done) - plan.num_images) / since_s
     return round(images_per_s, 1), round(since_s / num_new * num_left, 1) if num_new > 0 else None
 
@@ -114,25 +109,26 @@ def _quarantined(row: ShardResult) -> dict[str, Any]:
 
 
 def _print(status: Status, console: Console) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _lines(status):
+        console.print(f"{name:<12}{escape(value)}")
+
+
+def _lines(status: Status) -> Iterator[tuple[str, str]]:
     height, width = status.grid
-    table.add_row("run", status.output)
-    table.add_row("state", status.state)
-    table.add_row("tokenizer", f"{status.tokenizer_id} · {height}x{width} tokens of {status.codebook_size:,} codes")
-    table.add_row(
-        "shards", f"{status.num_done:,} done, {status.num_quarantined:,} quarantined, {status.num_parts:,} parts"
-    )
-    table.add_row("images", f"{status.num_images:,} tokenised, {status.num_failed:,} failed")
-    table.add_row("speed", _speed_text(status))
+    done = f"{status.num_done:,}" + (f" of {status.num_shards:,}" if status.num_shards else "")
+    yield "run", status.output
+    yield "state", status.state
+    yield "tokenizer", f"{status.tokenizer_id} · {height}x{width} tokens of {status.codebook_size:,} codes"
+    yield "shards", f"{done} done, {status.num_quarantined:,} quarantined"
+    yield "parts", f"{status.num_parts:,}, {status.part_bytes / 1e6:,.1f} MB"
+    yield "images", f"{status.num_images:,} tokenised, {status.num_failed:,} failed"
+    yield "speed", _speed_text(status)
     for reason, count in status.errors_by_reason.items():
-        table.add_row("error", f"{count:,} × {reason}")
+        yield "error", f"{count:,} × {reason}"
     for row in status.quarantined[:MAX_QUARANTINED_SHOWN]:
-        table.add_row(
-            "quarantined", f"{row['shard']}: {row['reason']} after {row['attempts']} attempts: {row['message']}"
-        )
-    if hidden := len(status.quarantined) - MAX_QUARANTINED_SHOWN:
-        table.add_row("", f"and {hidden} more: --json lists all") if hidden > 0 else None
-    console.print(table)
+        yield "quarantined", f"{row['shard']}: {row['reason']}, {row['attempts']} attempts: {row['message']}"
+    if (hidden := len(status.quarantined) - MAX_QUARANTINED_SHOWN) > 0:
+        yield "", f"and {hidden:,} more: --json lists all"
 
 
 def _speed_text(status: Status) -> str:

@@ -53,6 +53,7 @@ class TokenizeConfig(Section):
     max_failed_samples: Share = 0.05
     max_failed_shards: int = Field(default=0, ge=0)
     attempts: Count = 3
+    retry_pause_s: float = Field(default=5.0, ge=0.0)
     shard_deadline_s: float = Field(default=1800.0, gt=0.0)
     ray: RaySettings = RaySettings()
 

@@ -18,9 +18,10 @@ from jobs.checkpoints import CheckpointHead, TokenizerSource, read_head
 from jobs.progress import JobProgress
 from jobs.tokenize_config import TokenizeConfig
 from pipeline import storage
+from pipeline.errors import PipelineError
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, RunDescription, check_run, claim, read_manifest, read_run
+from pipeline.output import OutputPrefix, RunDescription, check_run, claim, read_manifest
 from pipeline.plan import Plan, make_plan, record_plan
 from pipeline.records import ShardResult, ShardState
 from pipeline.token_table import TableSpec
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 LEDGER_EVERY_S = 10.0
 LEDGER_EVERY_ROWS = 1000
 INTERRUPTED = 130
+MAX_DECODE_THREADS = 64  # one process decodes no faster with more: the interpreter's lock is in the way
 
 
 def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = None) -> int:
@@ -45,8 +47,7 @@ def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = N
     run = RunDescription(_table(head, config), config.options(), numerics.numerics())
     shards = storage.expand(config.shards)
     output = OutputPrefix(storage.normalize(config.output))
-    if (stored := read_run(output)) is not None:  # before anything is written, the lease included
-        check_run(output, stored, run, accept_numerics=config.accept_numerics)
+    check_run(output, run, accept_numerics=config.accept_numerics)  # before anything is written, the lease included
     with Lease(output):
         claim(output, run, accept_numerics=config.accept_numerics)
         storage.remove_temporaries(output.url)
@@ -99,6 +100,7 @@ class Session:
         self._totals = Totals.of(plan.done)
         self._unwritten = list(plan.adopted)
         self._written_at = time.monotonic()
+        self._num_new = 0
         self._console = Console(soft_wrap=True, highlight=False)
 
     def run(self, source: Source, command: str) -> int:
@@ -108,15 +110,25 @@ class Session:
         storage.remove(self._output.file("manifest.json"))  # the plan is no longer complete
         record_plan(self._output, self._plan)
         try:
-            self._tokenize(source)
+            try:
+                self._tokenize(source)
+            finally:
+                self._flush(force=True)
         except KeyboardInterrupt:
-            left = self._plan.num_shards - len(self._rows)
-            self._console.print(f"[yellow]stopped[/]: {len(self._rows)} shards are done, {left} are left; go on with")
-            self._console.print(f"  {escape(command)}")
+            self._say_stopped("stopped", command)
             return INTERRUPTED
-        finally:
-            self._flush(force=True)
+        except PipelineError as error:
+            if not self._num_new:
+                raise  # nothing was started: exit 2
+            self._say_stopped(f"stopped by an error ({error})", command)
+            return 1
         return self._conclude(command)
+
+    def _say_stopped(self, how: str, command: str) -> None:
+        left = self._plan.num_shards - len(self._rows)
+        say = self._console.print
+        say(f"[yellow]{escape(how)}[/]: {len(self._rows):,} shards are done, {left:,} are left; go on with")
+        say(f"  {escape(command)}")
 
     def _tokenize(self, source: Source) -> None:
         from jobs.actors import ActorPool  # Ray is imported only where there is work
@@ -133,7 +145,7 @@ class Session:
                 JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
             ):
                 for outcome in pool.run(dispatch):
-                    self._record(outcome)
+                    progress.note(_line(self._record(outcome)))
                     progress.advance(1, self._speed(started, rows_before))
 
     def _job(self, settings: PoolSettings) -> TokenizeJob:
@@ -143,16 +155,15 @@ class Session:
             tuple(self._config.options()["image_extensions"]), self._config.require_end_marker,
         )  # fmt: skip
 
-    def _record(self, outcome: ShardResult | GivenUp) -> None:
+    def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
         if not isinstance(outcome, ShardResult):
             work = outcome.work
-            url = storage.public_url(work.task.shard.url)
-            log.error("%s is quarantined (%s): %s", url, outcome.reason, outcome.message)
             outcome = quarantine(self._output, work.task, outcome.reason, outcome.message, work.charged)
         self._rows.append(outcome)
-        self._totals = self._totals.plus(outcome)
         self._unwritten.append(outcome)
+        self._totals, self._num_new = self._totals.plus(outcome), self._num_new + 1
         self._flush()
+        return outcome
 
     def _flush(self, *, force: bool = False) -> None:
         """A kill before this costs one footer read a shard at the next plan, no work."""
@@ -168,8 +179,8 @@ class Session:
 
     def _conclude(self, command: str, *, nothing_to_do: bool = False) -> int:
         totals = self._totals
-        problems = self._problems(totals)
-        if not problems:
+        lost, failed = self._too_many_lost(totals), self._too_many_failed(totals)
+        if not lost:
             self._write_manifest(totals)
         say = self._console.print
         if nothing_to_do:
@@ -178,23 +189,27 @@ class Session:
             f"{totals.num_done:,} of {self._plan.num_shards:,} shards · {totals.num_rows:,} images tokenised · "
             f"{totals.num_failed:,} failed · {escape(self._output.url)}"
         )
-        for problem in problems:
-            say(f"[red]incomplete[/]: {escape(problem)}")
-        if problems:
-            say(f"what failed and why: dvae status {escape(self._output.url)}; to try again:\n  {escape(command)}")
-        return 1 if problems else 0
+        if failed:
+            say(f"[red]over budget[/]: {escape(failed)}; accept that with max_failed_samples={totals.failed_share:.4f}")
+        if lost:
+            say(f"[red]incomplete[/]: {escape(lost)}; to try those again:\n  {escape(command)}")
+        if lost or failed:
+            say(f"what failed and why: dvae status {escape(self._output.url)}")
+        return 1 if lost or failed else 0
 
-    def _problems(self, totals: Totals) -> list[str]:
-        config, problems = self._config, []
-        if totals.num_quarantined > config.max_failed_shards:
-            reasons = Counter(row.reason for row in self._rows if row.state is ShardState.QUARANTINED)
-            named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            allowed = f"max_failed_shards allows {config.max_failed_shards}"
-            problems.append(f"{totals.num_quarantined} shards are quarantined ({named}), {allowed}")
-        if totals.failed_share > config.max_failed_samples:
-            allowed = f"max_failed_samples allows {config.max_failed_samples:.2%}"
-            problems.append(f"{totals.num_failed:,} images failed, {totals.failed_share:.2%} of all; {allowed}")
-        return problems
+    def _too_many_lost(self, totals: Totals) -> str | None:
+        if totals.num_quarantined <= self._config.max_failed_shards:
+            return None
+        reasons = Counter(row.reason for row in self._rows if row.state is ShardState.QUARANTINED)
+        named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        allowed = f"max_failed_shards allows {self._config.max_failed_shards}"
+        return f"{totals.num_quarantined} shards are quarantined ({named}), {allowed}"
+
+    def _too_many_failed(self, totals: Totals) -> str | None:
+        if totals.failed_share <= self._config.max_failed_samples:
+            return None
+        allowed = f"max_failed_samples allows {self._config.max_failed_samples:.2%}"
+        return f"{totals.num_failed:,} images failed, {totals.failed_share:.2%} of all, {allowed}"
 
     def _write_manifest(self, totals: Totals) -> None:
         rows = sorted(self._rows, key=lambda row: row.shard)
@@ -213,6 +228,12 @@ def _manifest_part(row: ShardResult) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _line(row: ShardResult) -> str:
+    if row.state is ShardState.QUARANTINED:
+        return f"{row.shard}: quarantined after {row.attempts} attempts, {row.reason}: {row.message}"
+    return f"{row.shard}: {row.num_rows:,} rows, {row.num_failed:,} failed, {row.seconds:.1f} s"
+
+
 def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
     """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for)."""
     import ray
@@ -223,15 +244,19 @@ def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
     per_actor = {"GPU": settings.gpus_per_actor, "CPU": settings.cpus_per_actor}
     name = "GPU" if settings.gpus_per_actor else "CPU"
     fitting = int(cluster.get(name, 0) / per_actor[name]) if per_actor[name] else 1
+    if not fitting and not settings.num_actors:
+        log.warning("the cluster has no %s yet: one actor is asked for; ray.num_actors asks for more", name)
     num_actors = settings.num_actors or max(1, min(fitting, num_shards))
     return PoolSettings(
         num_actors, settings.gpus_per_actor, settings.cpus_per_actor, settings.shards_in_flight, settings.wait_s,
-        config.shard_deadline_s,
+        config.shard_deadline_s, config.retry_pause_s,
     )  # fmt: skip
 
 
 def decode_threads(settings: PoolSettings) -> int:
-    """An actor's share of the cluster's CPUs."""
+    """An actor's share of the CPUs of the largest machine, actors spread evenly over the machines."""
     import ray
 
-    return max(1, int(ray.cluster_resources().get("CPU", 1) / settings.num_actors))
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]] or [1]
+    actors_a_node = -(-settings.num_actors // len(cpus))
+    return max(1, min(MAX_DECODE_THREADS, int(max(cpus) / actors_a_node)))

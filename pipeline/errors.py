@@ -19,6 +19,10 @@ class NoShardsMatched(PipelineError):
     """A shard pattern matched no object."""
 
 
+class NoRun(PipelineError):
+    """The prefix holds no tokenising run."""
+
+
 class RunMismatch(PipelineError):
     """The output prefix holds a run of another model, image spec, schema or options."""
 

@@ -45,8 +45,14 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if (_read(self._url) or {}).get("writer") == self._writer:
-            storage.remove(self._url)
+        try:
+            if self._is_mine():
+                storage.remove(self._url)
+        except (StorageError, OSError) as problem:  # not over the block's own end: the lease expires by itself
+            log.warning("lease not given back: %s", problem)
+
+    def _is_mine(self) -> bool:
+        return (_read(self._url) or {}).get("writer") == self._writer
 
     def _take_over(self) -> None:
         holder = _read(self._url)
@@ -58,12 +64,15 @@ class Lease:
                 f"renewed {age_s:.0f} s ago; wait for it, or stop it (its lease ends {EXPIRY_S:.0f} s after that)"
             )
         storage.publish(self._url, self._content())
-        if (_read(self._url) or {}).get("writer") != self._writer:
+        if not self._is_mine():
             raise RunHeld(f"{storage.public_url(self._url)}: another driver took this run at the same moment")
 
     def _keep(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
+                if not self._is_mine():  # this process was stopped for longer than the lease lasts
+                    log.warning("another driver has taken this run over: two do no harm, but one is enough")
+                    return
                 storage.publish(self._url, self._content())
             except (StorageError, OSError) as error:  # the run itself will meet the same store and say so
                 log.warning("lease not renewed: %s", error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import RunMismatch, StorageError
+from pipeline.errors import NoRun, RunMismatch, StorageError
 from pipeline.records import ObjectInfo
 from pipeline.token_table import TableSpec
 
@@ -67,24 +67,42 @@ class RunDescription:
         return {"format": RUN_FORMAT, **self.table.to_json(), "options": dict(self.options)}
 
 
-def claim(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -> None:
-    """Write run.json, or check that it describes this run. Raises RunMismatch naming the field, both values and
-    the remedy."""
+def check_run(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -> None:
+    """Raises RunMismatch when the output holds the results of another run, naming the field, both values and the
+    remedy. A run.json with nothing beside it is a start that came to nothing, and binds nobody."""
     stored = read_run(output)
-    if stored is None:
-        _refuse_unknown_parts(output)
-        if storage.create(output.file("run.json"), _run_json(run, [dict(run.numerics)])):
-            return
-        stored = read_run(output) or {}
-    check_run(output, stored, run, accept_numerics=accept_numerics)
-    used = stored.get("numerics") or []
-    if dict(run.numerics) not in used:
+    problem = _unknown_maker(output) if stored is None else _mismatch(output, stored, run, accept_numerics)
+    if problem is not None and _has_results(output):
+        raise RunMismatch(problem)
+
+
+def claim(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -> None:
+    """As `check_run`, then write run.json. Only for whoever holds the prefix."""
+    check_run(output, run, accept_numerics=accept_numerics)
+    stored = read_run(output) or {}
+    same = _mismatch(output, stored, run, accept_numerics) is None
+    used = (stored.get("numerics") or []) if same else []
+    if not same or dict(run.numerics) not in used:
         storage.publish(output.file("run.json"), _run_json(run, [*used, dict(run.numerics)]))
+
+
+def _has_results(output: OutputPrefix) -> bool:
+    folders = (output.tokens_folder(), output.errors_folder(), output.ledger_folder())
+    return any(storage.list_files(folder) for folder in folders)
 
 
 def read_run(output: OutputPrefix) -> dict[str, Any] | None:
     """run.json, or None where there is none. Raises StorageError when it is damaged."""
     return read_json(output.file("run.json"))
+
+
+def require_run(output: OutputPrefix) -> dict[str, Any]:
+    """run.json of a tokenising run. Raises NoRun where there is none (a training output has one of another kind)."""
+    run = read_run(output)
+    if run is None or "tokenizer_id" not in run:
+        what = "holds no run (no run.json)" if run is None else "is the output of another command"
+        raise NoRun(f"{storage.public_url(output.url)} {what}; name the output of `dvae tokenize`")
+    return run
 
 
 def read_manifest(output: OutputPrefix) -> dict[str, Any] | None:
@@ -102,18 +120,19 @@ def read_json(url: str) -> dict[str, Any] | None:
         raise StorageError(f"{storage.public_url(url)} is damaged: {error}") from error
 
 
-def check_run(output: OutputPrefix, stored: dict[str, Any], run: RunDescription, *, accept_numerics: bool) -> None:
+def _mismatch(output: OutputPrefix, stored: dict[str, Any], run: RunDescription, accept_numerics: bool) -> str | None:
     where = storage.public_url(output.url)
-    for name, here, there in _differences("", run.identity(), {k: v for k, v in stored.items() if k != "numerics"}):
-        raise RunMismatch(
+    identity = {name: value for name, value in stored.items() if name != "numerics"}
+    for name, here, there in _differences("", run.identity(), identity):
+        return (
             f"{where} holds another run: {name} is {there!r} there and {here!r} here; "
             "choose another output, or go back to the settings of that run"
         )
     used = stored.get("numerics") or [{}]
     if accept_numerics or dict(run.numerics) in used:
-        return
+        return None
     name, here, there = next(_differences("numerics.", dict(run.numerics), used[-1]))
-    raise RunMismatch(
+    return (
         f"{where} was made with {name} {there!r}, here it is {here!r}: tokens may differ near ties; "
         "go back to that setting, or accept it with accept_numerics=true (which is recorded)"
     )
@@ -128,12 +147,11 @@ def _differences(prefix: str, here: Mapping[str, Any], there: Mapping[str, Any])
             yield f"{prefix}{name}", mine, theirs
 
 
-def _refuse_unknown_parts(output: OutputPrefix) -> None:
-    if storage.list_files(output.tokens_folder()):
-        raise RunMismatch(
-            f"{storage.public_url(output.url)} has parts but no run.json, so nobody knows what made them; "
-            "choose another output"
-        )
+def _unknown_maker(output: OutputPrefix) -> str:
+    return (
+        f"{storage.public_url(output.url)} has parts but no run.json, so nobody knows what made them; "
+        "choose another output"
+    )
 
 
 def _run_json(run: RunDescription, numerics: list[dict[str, Any]]) -> bytes:

@@ -35,6 +35,7 @@ class Plan:
     todo: tuple[ShardTask, ...]
     done: tuple[ShardResult, ...]
     adopted: tuple[ShardResult, ...]
+    num_lost: int = 0  # of `todo`, those that are quarantined since an earlier run
 
     @property
     def num_shards(self) -> int:
@@ -47,12 +48,15 @@ class PlanRecord:
 
     num_shards: int
     num_done: int  # when it began
+    num_lost: int  # quarantined then, and tried again
     num_images: int  # in those
     started: float  # seconds since the epoch
 
 
 def record_plan(output: OutputPrefix, plan: Plan) -> None:
-    record = PlanRecord(plan.num_shards, len(plan.done), sum(row.num_rows for row in plan.done), time.time())
+    record = PlanRecord(
+        plan.num_shards, len(plan.done), plan.num_lost, sum(row.num_rows for row in plan.done), time.time()
+    )
     storage.publish(output.file("plan.json"), json.dumps(asdict(record)).encode())
 
 
@@ -81,7 +85,8 @@ def make_plan(shards: Iterable[ObjectInfo], output: OutputPrefix, ledger: Ledger
         for name, shard in named.items()
         if name not in done and name not in adopted
     )
-    return Plan(tuple(todo), (*done.values(), *adopted.values()), tuple(adopted.values()))
+    num_lost = sum(_is_quarantined(row) for row in known.values())
+    return Plan(tuple(todo), (*done.values(), *adopted.values()), tuple(adopted.values()), num_lost)
 
 
 def _by_part(shards: Iterable[ObjectInfo]) -> dict[str, ObjectInfo]:

@@ -144,7 +144,7 @@ class RayEngine:
         environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
         ray.init(address="local", include_dashboard=False, object_store_memory=150 << 20, log_to_driver=False,
                  logging_level="ERROR", runtime_env=environment)  # fmt: skip
-        settings = PoolSettings(1, 0, 1, SHARDS_IN_FLIGHT, 60, 600)
+        settings = PoolSettings(1, 0, 1, SHARDS_IN_FLIGHT, 60, 600, 0)
         self._pool = ActorPool(self._tokenizer, self._job, settings).__enter__()
         return self
 

@@ -80,7 +80,7 @@ class ShardFault(FakeSource):
     """Does `deed` in the actor when it reads a shard with `needle` in its name; `times`: how often in all."""
 
     needle: str = ""
-    deed: str = "exit"  # exit, hang, raise
+    deed: str = "exit"  # exit, hang, break (the process, for good), raise
     times: int = 1_000_000
     marks: str = ""  # a folder: one file for each deed done
 
@@ -103,4 +103,6 @@ class ShardFault(FakeSource):
             os._exit(11)
         if self.deed == "hang":
             time.sleep(3600)
+        if self.deed == "break":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         raise OSError("the store fell over")

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from pipeline import storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, RunDescription, claim
-from pipeline.plan import make_plan, record_plan
+from pipeline.plan import PlanRecord, make_plan, record_plan
+from pipeline.records import ShardResult, ShardState
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
 
@@ -93,6 +95,7 @@ def test_status_tells_a_driver_at_work_from_one_that_was_killed(output: Path) ->
         running = json.loads(dvae("status", str(output), "--json").stdout)
         left = (output / "lease.json").read_bytes()
     assert (running["state"], running["left_s"]) == ("running", 0.0) and running["images_per_s"] > 0
+    assert "2 of 2 done" in dvae("status", str(output)).stdout
     (output / "lease.json").write_bytes(left.replace(str(os.getpid()).encode(), b"999999999"))
     assert json.loads(dvae("status", str(output), "--json").stdout)["state"] == "stopped"
     (output / "lease.json").unlink()
@@ -102,6 +105,7 @@ def test_status_tells_a_driver_at_work_from_one_that_was_killed(output: Path) ->
     ("arguments", "said"),
     [
         (["status", "{tmp}/nothing"], "holds no run"),
+        (["status", "{tmp}/training"], "is the output of another command"),
         (["tokenize", "{tmp}/nope.yaml"], "no such configuration file"),
         (["tokenize", "{tmp}/good.yaml", "batchsize=3"], "did you mean batch_size?"),
         (["tokenize", "{tmp}/good.yaml", "ray.num_actor=3"], "did you mean ray.num_actors?"),
@@ -126,6 +130,8 @@ def test_what_is_wrong_gets_one_clear_message_and_exit_code_2(
         f"checkpoint: {checkpoint}\nshards: {tmp_path}/x-*.tar\noutput: {tmp_path}/out\n"
     )
     (tmp_path / "empty").mkdir()
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text('{"command": "train"}')
     (tmp_path / "no-checkpoint").mkdir()
     (tmp_path / "no-checkpoint" / "checkpoint.json").write_text('{"hello": 1}')
     done = dvae(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
@@ -154,3 +160,18 @@ def test_configs_tokenize_names_every_key_and_the_defaults() -> None:
     assert set(written) == set(TokenizeConfig.model_fields)
     assert set(written["ray"]) == set(RaySettings.model_fields)
     assert RaySettings.model_validate(written["ray"]) == RaySettings()
+
+
+def test_time_left_counts_only_what_this_driver_did() -> None:
+    """Ten shards, five done before, three of the others quarantined before: nothing is known until one is done."""
+    from jobs.status import _speed
+
+    before = [ledger_row(n) for n in range(5)]
+    plan = PlanRecord(num_shards=10, num_done=5, num_lost=3, num_images=50, started=time.time() - 100)
+    assert _speed(plan, before, 3) == (0.0, None)
+    images_per_s, left_s = _speed(plan, [*before, ledger_row(5)], 2)
+    assert images_per_s == pytest.approx(0.1, rel=0.1) and left_s == pytest.approx(400, rel=0.1)
+
+
+def ledger_row(number: int) -> ShardResult:
+    return ShardResult(f"s{number}", 1, "e", ShardState.DONE, f"s{number}.parquet", num_rows=10, seconds=1.0)

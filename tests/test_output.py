@@ -29,6 +29,7 @@ def run(table: TableSpec | None = None, **changes: Any) -> RunDescription:
 def claimed(folder: Path, first: RunDescription | None = None) -> OutputPrefix:
     output = OutputPrefix(str(folder))
     claim(output, first or run(), accept_numerics=False)
+    storage.publish(output.part("made.parquet"), b"a run.json with nothing beside it binds nobody")
     return output
 
 
@@ -156,11 +157,21 @@ def test_parts_that_nobody_knows_the_maker_of_are_not_added_to(tmp_path: Path) -
     assert not (tmp_path / "run.json").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff", b'"text"'])
+@pytest.mark.parametrize("content", [b"", b"{", b"3", b"null", b"\xff", b'"text"'])
 def test_a_damaged_run_json_is_said_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(StorageError, match=r"run\.json is damaged") if content != b"[]" else pytest.raises(RunMismatch):
+    with pytest.raises(StorageError, match=r"run\.json is damaged"):
         claimed(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["tokens", "errors", "ledger"])
+def test_a_start_that_came_to_nothing_binds_nobody_and_one_result_does(tmp_path: Path, folder: str) -> None:
+    output = OutputPrefix(str(tmp_path))
+    claim(output, run(numerics={**NUMERICS, "device": "cuda"}), accept_numerics=False)
+    claim(output, run(fake_table(tokenizer_id="other")), accept_numerics=False)
+    assert (read_run(output) or {})["numerics"] == [NUMERICS]
+    storage.publish(storage.join(output.url, folder, "x.parquet"), b"x")
+    assert "tokenizer_id is 'other' there and 'fake' here" in refusal(output, run())
 
 
 def test_run_json_of_a_later_format_is_another_run(tmp_path: Path) -> None:
@@ -191,6 +202,7 @@ def test_a_claim_killed_at_any_step_is_made_whole_by_the_next() -> None:
 def test_messages_hold_no_credentials_of_the_output() -> None:
     output = OutputPrefix("memory://user:secret@output-test/out")
     claim(output, run(), accept_numerics=False)
+    storage.publish(output.part("made.parquet"), b"x")
     assert "secret" not in refusal(output, run(fake_table(tokenizer_id="other")))
     assert "secret" not in refusal(output, run(numerics={}))
 

@@ -22,7 +22,7 @@ from jobs.config import check
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
 from make_data import folder_bytes, sample_members, tar_bytes, write_checkpoint, write_shards
-from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch
+from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix
@@ -46,7 +46,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(checkpoint: Path, shards: Path | list[str], output: Path, **changes: Any) -> TokenizeConfig:
     ray = {"num_actors": 1, **changes.pop("ray", {})}
     patterns = shards if isinstance(shards, list) else str(shards)
-    values = {"checkpoint": str(checkpoint), "shards": patterns, "output": str(output), "batch_size": 8, "ray": ray}
+    values = {
+        "checkpoint": str(checkpoint),
+        "shards": patterns,
+        "output": str(output),
+        "batch_size": 8,
+        "ray": ray,
+        "retry_pause_s": 0,
+    }
     return check(TokenizeConfig, {**values, "metadata": {"caption": {"from": "txt"}}, **changes}, "test")
 
 
@@ -166,6 +173,7 @@ def test_bad_images_trip_the_budget_and_are_all_accounted_for(checkpoint: Path, 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "mixed.tar").write_bytes(tar_bytes(members))
     assert run_tokenize(settings(checkpoint, tmp_path / "in", tmp_path / "out"), "dvae") == 1
+    assert (tmp_path / "out" / "manifest.json").exists()  # over budget, but every image is accounted for
     generous = settings(checkpoint, tmp_path / "in", tmp_path / "out", max_failed_samples=0.25)
     assert run_tokenize(generous, "dvae") == 0
     rows = ds.dataset(tmp_path / "out" / "tokens").to_table().num_rows
@@ -238,6 +246,35 @@ def test_a_shard_that_failed_once_is_tried_again(checkpoint: Path, shards: Path,
     assert (row.state.value, row.attempts) == ("done", 2)
 
 
+def test_an_actor_that_is_broken_but_lives_is_replaced_and_its_shards_are_not_charged(
+    checkpoint: Path, shards: Path, tmp_path: Path
+) -> None:
+    """A CUDA error sticks to its process: left in the pool, it would fail shard after shard."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    source = ShardFault(read_head(str(checkpoint)), needle="made-000003", deed="break", times=1, marks=str(marks))
+    assert run_tokenize(settings(checkpoint, shards, tmp_path / "out"), "dvae", source) == 0
+    rows = Ledger(OutputPrefix(str(tmp_path / "out"))).read().values()
+    assert len(rows) == len(COUNTS) and max(row.attempts for row in rows) <= 2
+    assert len(list(marks.iterdir())) == 1
+
+
+def test_a_store_that_fails_half_way_ends_with_1_and_the_line_to_go_on(
+    checkpoint: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("cannot write: the disk is full")
+
+    monkeypatch.setattr("jobs.tokenize_dataset.quarantine", full)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    source = ShardFault(read_head(str(checkpoint)), needle="made-000001", deed="raise", marks=str(marks))
+    assert run_tokenize(settings(checkpoint, shards, tmp_path / "out"), "dvae tokenize x.yaml", source) == 1
+    said = capsys.readouterr().out
+    assert "the disk is full" in said and "dvae tokenize x.yaml" in said
+    assert len(Ledger(OutputPrefix(str(tmp_path / "out"))).read()) >= 1
+
+
 def test_logical_gpus_carry_one_actor_each(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
     log = tmp_path / "opened"
     source = RecordingSource(read_head(str(checkpoint)), seconds=0.2, log=str(log))
@@ -253,6 +290,8 @@ def test_a_cluster_without_the_gpus_asked_for_is_said_after_the_stated_wait(
     with pytest.raises(ClusterError, match=r"3 GPU; the\s+cluster has .* 2 of 2 GPUs free") as refusal:
         run_tokenize(config, "dvae", FakeSource(read_head(str(checkpoint))))
     assert refusal.value.exit_code == 2
+    remedy = settings(checkpoint, shards, tmp_path / "out", batch_size=16)
+    assert run_tokenize(remedy, "dvae") == 0, "a start that came to nothing binds nobody"
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_tokenised(checkpoint: Path, shards: Path, tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_one_shard_that_fails_leaves_the_worker_fit_for_the_next(tmp_path: Path)
         (lambda x: np.full((len(x), 2, 2), 256), "outside"),
         (lambda x: np.full((len(x), 2, 2), -1), "outside"),
         (lambda x: np.full((len(x), 2, 2), 0.5), "not integers"),
-        (lambda x: np.zeros((1, 2, 2), int), "length|rows|lengths"),
+        (lambda x: np.zeros((1, 2, 2), int), "1 grids for 4 images"),
     ],
     ids=["grid", "flat", "too large", "negative", "float", "too few"],
 )
