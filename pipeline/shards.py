@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.records import FailureReason, ObjectInfo, RawSample
 from pipeline.tar_members import Member, tar_members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
 MAX_IMAGE_BYTES = 256 << 20  # a larger member is stepped over, so that memory stays bounded
 MAX_METADATA_BYTES = 16 << 20
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)

@@ -300,3 +300,8 @@ def test_a_png_keeps_its_extension_and_upper_case_ones_become_lower(tmp_path: Pa
     png = encode_png(np.zeros((8, 8, 3), np.uint8))
     (sample,) = read_with_webdataset(pack(write(tmp_path / "in", {"X.PNG": png}), str(tmp_path / "out")))
     assert (sample["__key__"], sample["png"]) == ("X", png)
+
+
+def test_an_avif_is_an_image(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", {"a.avif": b"bytes are copied as they are", "a.txt": b"caption"})
+    assert pack(folder, str(tmp_path / "out")).num_images == 1

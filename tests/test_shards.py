@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from make_data import image_bytes, listed, sample_members, tar_bytes
 from pipeline import storage
 from pipeline.errors import ShardTruncated
+from pipeline.images import FORMATS
 from pipeline.records import FailureReason, RawSample
-from pipeline.shards import MAX_IMAGE_BYTES, read_samples, split_key
+from pipeline.shards import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, read_samples, split_key
 
 HOSTILE = [
     "a.jpg", "a.txt", "A.JPG", "dir/a.jpg", "dir.with.dots/a.b.jpg", "dir.with.dots/a.json", "./a.jpg", "../b.jpg",
@@ -43,6 +45,15 @@ def webdataset_samples(path: Path) -> list[dict[str, Any]]:
 
     with path.open("rb") as stream:
         return list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+
+
+def test_every_format_that_is_decoded_is_found_by_its_usual_extension(tmp_path: Path) -> None:
+    Image.init()
+    usual = {extension.removeprefix("."): format for extension, format in Image.EXTENSION.items()}
+    without_files = {"DIB"}  # a BMP that lost its file header
+    assert {usual[extension] for extension in IMAGE_EXTENSIONS} == set(FORMATS) - without_files
+    members = [(f"{extension}.{extension}", image_bytes(1, usual[extension])) for extension in IMAGE_EXTENSIONS]
+    assert reasons(samples(tmp_path, members)) == [(extension, None) for extension in IMAGE_EXTENSIONS]
 
 
 def test_keys_extensions_and_groups_are_those_of_webdataset(tmp_path: Path) -> None:
