@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ class Clock:
 def run_demo(folder: str) -> int:
     """The whole journey. Exit code 0: all checks passed; 1: one failed, or a job was incomplete; 130: stopped."""
     console = Console(soft_wrap=True, highlight=False)
-    place, again = open_folder(folder), f"dvae demo --dir {folder}"
+    place, again = open_folder(folder), shlex.join(["dvae", "demo", "--dir", folder])
     clock = Clock(place, console)
     with clock.part("tiles", "1. Photographs into tiles", done=(place.path / "images.json").exists()):
         console.print(make_images(place))

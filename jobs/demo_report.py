@@ -79,20 +79,25 @@ def make_report(results: Results) -> Report:
 
 
 def reading_lines(output: str) -> tuple[Snippet, ...]:
-    """How a person reads the tokens, a line for each library."""
+    """How a person reads the tokens: a line for each library, to be pasted as it is."""
     files = f"{output}/tokens/*.parquet"
+    query, head = f"SELECT key, caption, tokens FROM '{files}' LIMIT 5", "head(5)"
     return (
-        Snippet("DuckDB", f"duckdb.sql(\"SELECT key, caption, tokens FROM '{files}' LIMIT 5\")"),
-        Snippet("Polars", f'polars.scan_parquet("{files}").select("key", "caption", "tokens").head(5).collect()'),
-        Snippet("Python", f'pyarrow.dataset.dataset("{output}/tokens").head(5).to_pylist()'),
+        Snippet("DuckDB", f'import duckdb; print(duckdb.sql("{query}"))'),
+        Snippet(
+            "Polars", f'import polars; print(polars.scan_parquet("{files}").select("key", "tokens").{head}.collect())'
+        ),
+        Snippet("Python", f'import pyarrow.dataset; print(pyarrow.dataset.dataset("{output}/tokens").{head})'),
     )
 
 
 def back_into_pictures(output: str, training: str) -> Snippet:
     return Snippet(
         "From tokens back to pixels",
+        "import pyarrow.dataset\n"
+        "from jobs.api import load_tokenizer\n"
         f'rows = pyarrow.dataset.dataset("{output}/tokens").head(5)\n'
-        f'pixels_BHWC = jobs.api.load_tokenizer("{training}").decode(rows["tokens"].to_pylist())',
+        f'pixels_BHWC = load_tokenizer("{training}").decode(rows["tokens"].to_pylist())',
     )
 
 

@@ -17,6 +17,7 @@ from jobs.checkpoints import TokenizerSource, read_head
 from jobs.demo import DemoError, open_folder, run_demo
 from jobs.demo_damage import ODD_FILES, bomb_png, make_odd_files
 from jobs.demo_images import MARGIN_PX, PHOTOS, TILE_PX, Photo, make_tiles, photograph_folder, tiles_of
+from jobs.demo_report import back_into_pictures, reading_lines
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
 from model.config import DVAEConfig
@@ -238,8 +239,11 @@ def test_the_demo_accounts_for_every_image_and_fails_for_what_does_not_hold(
     said = capsys.readouterr().out
     assert said.count("reusing what is there") == 4 and "there already" in said
     assert {path: path.stat().st_mtime_ns for path in tiles} == tiles
-    for line in ("duckdb.sql", "polars.scan_parquet", "pyarrow.dataset.dataset"):
-        assert line in said
+    snippets = [*reading_lines(f"{folder}/tokenised"), back_into_pictures(f"{folder}/tokenised", f"{folder}/training")]
+    for snippet in snippets[:3]:
+        assert snippet.code in said
+    for snippet in snippets:
+        exec(snippet.code, {})  # a person pastes it as it is
 
 
 @pytest.mark.usefixtures("few_tiles", "without_ray")
