@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -111,13 +112,17 @@ def submit(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the exit codes of the design, one clear message for what is wrong with the world."""
-    logging.basicConfig(
-        level=os.environ.get("DVAE_LOG", "INFO").upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    logging.basicConfig(level=_log_level(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run(lambda: app(args=arguments, standalone_mode=False)))
+
+
+def _log_level() -> str:
+    level = os.environ.get("DVAE_LOG", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        _say(f"dvae: DVAE_LOG is {level!r}, which is no level: set DEBUG, INFO, WARNING or ERROR")
+        sys.exit(2)
+    return level
 
 
 def _run(command: Callable[[], Any]) -> int:
@@ -159,8 +164,10 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 
 def _command() -> str:
-    """The line that was typed, to be typed again."""
-    return shlex.join(["dvae", *sys.argv[1:]])
+    """The line that was typed, to be typed again. (What the shell found on PATH has a whole path here too.)"""
+    program = sys.argv[0]
+    typed_with_path = program.endswith("/dvae") and program != shutil.which("dvae")
+    return shlex.join([program if typed_with_path else "dvae", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

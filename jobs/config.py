@@ -9,12 +9,12 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.errors import PipelineError
@@ -35,6 +35,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Patterns = Annotated[list[str], BeforeValidator(_as_list)]
+"""Of shards: one or a list."""
+
+
 def load_config(kind: type[Settings], path: str | None, overrides: Sequence[str] = ()) -> Settings:
     """The settings of `path` with `key.sub=value` overrides on top. Raises ConfigError."""
     values = OmegaConf.create({}) if path is None else _read(path)
@@ -48,12 +56,32 @@ def load_config(kind: type[Settings], path: str | None, overrides: Sequence[str]
 
 def check(kind: type[Settings], values: Any, source: str) -> Settings:
     """`values` as `kind`. Raises ConfigError listing every problem."""
+    problems = list(_truths_for_numbers(kind, values))
     try:
-        return kind.model_validate(values)
+        checked = kind.model_validate(values)
     except ValidationError as error:
         known = sorted(_known_keys(kind))
-        problems = [_problem(dict(one), known) for one in error.errors()]
-        raise ConfigError(f"{source}: " + "\n  ".join(["", *problems]).lstrip(" ")) from error
+        problems += [_problem(dict(one), known) for one in error.errors()]
+    if problems:
+        raise ConfigError(f"{source}: " + "\n  ".join(["", *problems]).lstrip(" "))
+    return checked
+
+
+def _truths_for_numbers(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
+    """Pydantic would take `true` for 1, in sections and in the dataclasses in them."""
+    for name, annotation in _annotations(kind) if isinstance(values, dict) else ():
+        value, types = values.get(name), list(_parts(annotation))
+        if isinstance(value, bool) and bool not in types and (int in types or float in types):
+            yield f"{prefix}{name}: Input should be a number (got {value!r})"
+        for part in types:
+            yield from _truths_for_numbers(part, value, f"{prefix}{name}.")
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The annotation and all that is in it: `int` in `Annotated[int, …] | None`."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
 def _read(path: str) -> DictConfig:

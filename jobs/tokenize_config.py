@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from jobs.config import Section
+from jobs.config import Patterns, Section
 from pipeline.metadata import ColumnType, MetadataColumn
 from pipeline.shards import IMAGE_EXTENSIONS
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Patterns = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 class ColumnSettings(Section):
@@ -41,7 +34,7 @@ class RaySettings(Section):
 
 class TokenizeConfig(Section):
     checkpoint: str
-    shards: Patterns
+    shards: Annotated[Patterns, Field(min_length=1)]
     output: str
     metadata: dict[str, ColumnSettings] = Field(default={})
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS

@@ -9,21 +9,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from jobs.config import Section
+from jobs.config import Patterns, Section
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
 from pipeline.images import Augment, ImageSpec
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class DataConfig(Section):

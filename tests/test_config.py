@@ -165,6 +165,9 @@ def test_an_unknown_key_like_no_other_is_just_unknown(file: Path) -> None:
         ("metadata.caption.from=a..b", "column 'caption': from 'a..b' is not txt or json.field"),
         ("metadata.tokens.from=txt", "column 'tokens' is not a free name"),
         ("metadata.x.type=int8", "metadata.x.type: .*'string'"),
+        ("batch_size=true", "batch_size: Input should be a number .got True."),
+        ("ray.num_actors=true", "ray.num_actors: Input should be a number .got True."),
+        ("ray.wait_s=false", "ray.wait_s: Input should be a number .got False."),
         ("require_end_marker=maybe", "require_end_marker: .*got 'maybe'"),
         ("output=2024", "output: .*valid string .got 2024."),
     ],
@@ -237,6 +240,7 @@ def test_dataclasses_nest_with_their_own_rules_and_suggestions() -> None:
         return str(raised.value)
 
     assert check(Outer, {"inner": {"learning_rate": "1e-3"}}, "here").inner == Inner(1e-3)
+    assert "inner.learning_rate: Input should be a number (got True)" in problems({"inner": {"learning_rate": True}})
     assert "inner: learning_rate -1.0 is not above 0" in problems({"inner": {"learning_rate": -1}})
     assert "inner.learning_rat: unknown key; did you mean inner.learning_rate?" in problems(
         {"inner": {"learning_rat": 1}}
