@@ -191,7 +191,8 @@ def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) 
             if time.monotonic() >= give_up_at:
                 raise ClusterError(
                     f"no room for {wanted} within {wait_s:g} s (ray.wait_s): {describe_resources()}; "
-                    "lower ray.num_workers, set ray.use_gpu=false, or add machines to the cluster"
+                    "lower ray.num_workers, ray.gpus_per_worker or ray.cpus_per_worker, set ray.use_gpu=false, or add "
+                    "machines to the cluster; configs/demo_train.yaml is a recipe for a laptop"
                 )
             if not said:
                 said = True

@@ -68,6 +68,10 @@ def test_a_cluster_without_room_is_said_after_the_stated_wait(folder: Path, tmp_
     with pytest.raises(ClusterError, match=wanted) as refused:
         run_training(config(folder, output=str(tmp_path), ray=ray), "dvae train")
     assert refused.value.exit_code == 2
+    for remedy in ("ray.num_workers", "ray.use_gpu", "ray.gpus_per_worker", "ray.cpus_per_worker"):
+        assert remedy in str(refused.value)
+    recipe = Path("configs/demo_train.yaml")
+    assert str(recipe) in str(refused.value) and (Path(__file__).parent.parent / recipe).exists()
 
 
 @pytest.mark.slow
