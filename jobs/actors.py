@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from jobs.cluster import ClusterError, describe_resources
+from jobs.cluster import SWITCH_INTERVAL_S, ClusterError, describe_resources
 from jobs.dispatch import Dispatch, GivenUp, Work
 from model.config import ModelError
 from pipeline import storage
@@ -30,7 +30,6 @@ PROBE_EVERY_S = 1.0
 SAY_WAITING_EVERY_S = 10.0
 MAX_FAILED_STARTS = 3  # of one slot, in a row
 MAX_START_PAUSE_S = 60.0
-SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 _REASONS = {
     "truncated": FailureReason.SHARD_TRUNCATED,
     "damaged": FailureReason.SHARD_DAMAGED,
@@ -217,7 +216,7 @@ class ActorPool:
         yield from self._dispatch.actor_lost(slot.name, reason, message, culprits)
         self._probe_at.pop(slot.name, None)
         slot.failed_starts += not slot.ready
-        slot.deaths, slot.ready = slot.deaths + 1, False
+        slot.actor, slot.ready, slot.deaths = None, False, slot.deaths + 1  # None: its last words are not heard
         if slot.failed_starts >= MAX_FAILED_STARTS:
             self._retire(slot, message)
         else:  # the first replacement at once, the next ones later and later

@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 # Ray says at every start that it guards its own cluster with a token, which asks nothing of anybody.
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own: only small results pass through it
 
 

@@ -44,6 +44,6 @@ def _print(summary: PackSummary, console: Console) -> None:
     for url in (summary.shard_urls[0], summary.shard_urls[-1])[: len(summary.shard_urls)]:
         console.print(f"  {escape(url)}")
     if summary.left_out:
-        console.print(f"[yellow]{len(summary.left_out):,} files belong to no image and were left out[/]:")
+        console.print(f"[yellow]{len(summary.left_out):,} files are in no shard[/]:")
     for left_out in summary.left_out[:MAX_LEFT_OUT_SHOWN]:
         console.print(f"  {escape(str(left_out))}")

@@ -26,7 +26,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.cluster import ClusterError, connected, describe_resources
+from jobs.cluster import SWITCH_INTERVAL_S, ClusterError, connected, describe_resources
 from jobs.train_config import RayConfig
 from jobs.train_progress import Board, Notes, Status, StepProgress, TrainingFailed, stop_signals
 from jobs.train_ranks import Ranks
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 OWN_CLUSTER_WAIT_S = 5.0  # one of this machine alone cannot grow
 STOP_GRACE_S = 60.0  # for the step under way and its checkpoint
-SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 
 
 def train_on_ray(job: TrainJob) -> Ending:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-LONG_MARKS = {"ray", "server", "slow"}
+LONG_MARKS = {"ray", "server", "training", "slow"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs neither Ray nor a server nor much time is `quick`."""
+    """Whatever needs neither Ray nor a server nor a training run nor much time is `quick`."""
     for item in items:
         if not LONG_MARKS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("quick")

@@ -3,10 +3,12 @@ data, so that they travel to the actors; what they do there goes through files, 
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,23 @@ class ShardFault(FakeSource):
         if self.deed == "break":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         raise OSError("the store fell over")
+
+
+@dataclass(frozen=True)
+class LoadFault(FakeSource):
+    """The first `good` loads succeed, and no other. Each leaves a mark with its number."""
+
+    good: int = 1
+    marks: str = ""
+
+    def load(self) -> HeadTokenizer:
+        if self._number() >= self.good:
+            raise OSError("this machine cannot load it")
+        return super().load()
+
+    def _number(self) -> int:
+        for number in itertools.count():
+            with suppress(FileExistsError):
+                (Path(self.marks) / str(number)).touch(exist_ok=False)
+                return number
+        raise AssertionError

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from fakes import FakeSource, RecordingSource, ShardFault
+from fakes import FakeSource, LoadFault, RecordingSource, ShardFault
 from jobs.checkpoints import read_head
 from jobs.cluster import ClusterError
 from jobs.config import check
@@ -257,6 +257,25 @@ def test_an_actor_that_is_broken_but_lives_is_replaced_and_its_shards_are_not_ch
     rows = Ledger(OutputPrefix(str(tmp_path / "out"))).read().values()
     assert len(rows) == len(COUNTS) and max(row.attempts for row in rows) <= 2
     assert len(list(marks.iterdir())) == 1
+
+
+def test_an_actor_that_never_loads_is_given_up_and_the_others_do_the_work(
+    checkpoint: Path, shards: Path, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    source = LoadFault(read_head(str(checkpoint)), seconds=1.0, marks=str(marks))
+    config = settings(checkpoint, shards, tmp_path / "out", ray={"num_actors": 2, "shards_in_flight": 1})
+    assert run_tokenize(config, "dvae", source) == 0
+    assert len(list(marks.iterdir())) == 4  # one that loaded, three tries of the other
+
+
+def test_no_actor_that_loads_is_said_and_nothing_was_started(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    source = LoadFault(read_head(str(checkpoint)), good=0, marks=str(marks))
+    with pytest.raises(ClusterError, match="this machine cannot load it"):
+        run_tokenize(settings(checkpoint, shards, tmp_path / "out"), "dvae", source)
 
 
 def test_a_store_that_fails_half_way_ends_with_1_and_the_line_to_go_on(

@@ -32,6 +32,7 @@ from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease
 from pipeline.output import OutputPrefix
 
+pytestmark = pytest.mark.training
 STEPS = 24
 
 
