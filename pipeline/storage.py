@@ -230,7 +230,7 @@ def _expand_one(pattern: str) -> list[ObjectInfo]:
 
 def _hint(url: str) -> str:
     if is_local(url):
-        folder = Path(glob_folder(url) if is_glob(url) else url.rpartition("/")[0])
+        folder = Path(glob_folder(url) if is_glob(url) else url.rpartition("/")[0] or "/")
         return f"the folder {folder} " + ("holds no such file" if folder.is_dir() else "does not exist")
     return "check the bucket, the prefix and the credentials"
 

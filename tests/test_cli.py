@@ -114,6 +114,7 @@ def test_status_tells_a_driver_at_work_from_one_that_was_killed(output: Path) ->
         (["tokenize", "{tmp}/good.yaml", "checkpoint={tmp}/nothing"], "no checkpoint at"),
         (["tokenize", "{tmp}/good.yaml", "checkpoint={tmp}/no-checkpoint"], "no checkpoint of ours"),
         (["tokenize", "{tmp}/good.yaml", "shards={tmp}/none-*.tar"], "matches nothing"),
+        (["tokenize", "{tmp}/good.yaml", "shards=/nope.tar"], "the folder / holds no such file"),
         (["tokenize", "{tmp}/good.yaml", "shards={tmp}/empty"], "holds no such file"),
         (["tokenize", "{tmp}/good.yaml", "metadata.key.from=txt"], "metadata column 'key'"),
         (["tokenise", "x"], "No such command"),
