@@ -170,8 +170,10 @@ def test_a_mount_without_hard_links_can_create_too(tmp_path: Path, monkeypatch: 
 
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
+    storage.publish(str(tmp_path / "other"), b"x")
     storage.remove(str(tmp_path / "nothing"))
     storage.remove("memory://storage-test/nothing")
+    assert names(tmp_path) == ["other"]
 
 
 @pytest.mark.parametrize("action", ["publish", "create"])
