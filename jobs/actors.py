@@ -17,6 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from jobs.cluster import SWITCH_INTERVAL_S, ClusterError, describe_resources
 from jobs.dispatch import Dispatch, GivenUp, Work
+from jobs.pool_settings import PoolSettings
 from model.config import ModelError
 from pipeline import storage
 from pipeline.errors import PipelineError, ShardError, StorageError
@@ -62,17 +63,6 @@ class TokenizeActor:
 
     def ping(self) -> None:
         """Answers when the actor can be reached."""
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    num_actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    shards_in_flight: int
-    wait_s: float
-    shard_deadline_s: float
-    retry_pause_s: float
 
 
 @dataclass

@@ -28,14 +28,13 @@ from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, quarantine
 
 if TYPE_CHECKING:
-    from jobs.actors import PoolSettings, Source
+    from jobs.actors import Source
     from jobs.dispatch import GivenUp
 
 log = logging.getLogger(__name__)
 LEDGER_EVERY_S = 10.0
 LEDGER_EVERY_ROWS = 1000
 INTERRUPTED = 130
-MAX_DECODE_THREADS = 64  # one process decodes no faster with more: the interpreter's lock is in the way
 
 
 def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = None) -> int:
@@ -134,12 +133,13 @@ class Session:
         from jobs.actors import ActorPool  # Ray is imported only where there is work
         from jobs.cluster import connected
         from jobs.dispatch import Dispatch
+        from jobs.pool_settings import decode_threads, pool_settings
 
         config, started, rows_before = self._config, time.monotonic(), self._totals.num_rows
         dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=config.ray.shards_in_flight)
         with connected(config.ray.address):
             settings = pool_settings(config, len(self._plan.todo))
-            job = self._job(settings)
+            job = self._job(decode_threads(config, settings.num_actors))
             with (
                 ActorPool(source, job, settings) as pool,
                 JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
@@ -148,8 +148,7 @@ class Session:
                     progress.note(_line(self._record(outcome)))
                     progress.advance(1, self._speed(started, rows_before))
 
-    def _job(self, settings: PoolSettings) -> TokenizeJob:
-        threads = self._config.ray.decode_threads or decode_threads(settings)
+    def _job(self, threads: int) -> TokenizeJob:
         return TokenizeJob(
             self._output, self._table, self._config.batch_size, threads,
             tuple(self._config.options()["image_extensions"]), self._config.require_end_marker,
@@ -232,31 +231,3 @@ def _line(row: ShardResult) -> str:
     if row.state is ShardState.QUARANTINED:
         return f"{row.shard}: quarantined after {row.attempts} attempts, {row.reason}: {row.message}"
     return f"{row.shard}: {row.num_rows:,} rows, {row.num_failed:,} failed, {row.seconds:.1f} s"
-
-
-def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
-    """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for)."""
-    import ray
-
-    from jobs.actors import PoolSettings
-
-    settings, cluster = config.ray, ray.cluster_resources()
-    per_actor = {"GPU": settings.gpus_per_actor, "CPU": settings.cpus_per_actor}
-    name = "GPU" if settings.gpus_per_actor else "CPU"
-    fitting = int(cluster.get(name, 0) / per_actor[name]) if per_actor[name] else 1
-    if not fitting and not settings.num_actors:
-        log.warning("the cluster has no %s yet: one actor is asked for; ray.num_actors asks for more", name)
-    num_actors = settings.num_actors or max(1, min(fitting, num_shards))
-    return PoolSettings(
-        num_actors, settings.gpus_per_actor, settings.cpus_per_actor, settings.shards_in_flight, settings.wait_s,
-        config.shard_deadline_s, config.retry_pause_s,
-    )  # fmt: skip
-
-
-def decode_threads(settings: PoolSettings) -> int:
-    """An actor's share of the CPUs of the largest machine, actors spread evenly over the machines."""
-    import ray
-
-    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]] or [1]
-    actors_a_node = -(-settings.num_actors // len(cpus))
-    return max(1, min(MAX_DECODE_THREADS, int(max(cpus) / actors_a_node)))

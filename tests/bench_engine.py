@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.actors import ActorPool, PoolSettings
+from jobs.actors import ActorPool
 from jobs.dispatch import Dispatch
+from jobs.pool_settings import PoolSettings
 from make_data import image_bytes, tar_bytes
 from pipeline import storage
 from pipeline.images import ImageSpec, decode_image

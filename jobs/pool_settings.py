@@ -1,0 +1,48 @@
+"""How large a pool of tokenising actors is: as configured; where the config says nothing, by what the cluster has."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import ray
+
+from jobs.tokenize_config import TokenizeConfig
+
+log = logging.getLogger(__name__)
+MAX_DECODE_THREADS = 64  # one process decodes no faster with more: the interpreter's lock is in the way
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    num_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    shards_in_flight: int
+    wait_s: float
+    shard_deadline_s: float
+    retry_pause_s: float
+
+
+def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
+    """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for)."""
+    settings, cluster = config.ray, ray.cluster_resources()
+    per_actor = {"GPU": settings.gpus_per_actor, "CPU": settings.cpus_per_actor}
+    name = "GPU" if settings.gpus_per_actor else "CPU"
+    fitting = int(cluster.get(name, 0) / per_actor[name]) if per_actor[name] else 1
+    if not fitting and not settings.num_actors:
+        log.warning("the cluster has no %s yet: one actor is asked for; ray.num_actors asks for more", name)
+    num_actors = settings.num_actors or max(1, min(fitting, num_shards))
+    return PoolSettings(
+        num_actors, settings.gpus_per_actor, settings.cpus_per_actor, settings.shards_in_flight, settings.wait_s,
+        config.shard_deadline_s, config.retry_pause_s,
+    )  # fmt: skip
+
+
+def decode_threads(config: TokenizeConfig, num_actors: int) -> int:
+    """As configured, else an actor's share of the CPUs of the largest machine, actors spread evenly over them."""
+    if config.ray.decode_threads:
+        return config.ray.decode_threads
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]] or [1]
+    actors_a_node = -(-num_actors // len(cpus))
+    return max(1, min(MAX_DECODE_THREADS, int(max(cpus) / actors_a_node)))
