@@ -94,7 +94,7 @@ def _newest_rows(segments: list[str]) -> dict[str, ShardResult]:
 def _segment_bytes(rows: list[ShardResult]) -> bytes:
     sink = io.BytesIO()
     table = pa.Table.from_pylist([_plain(row) for row in rows], schema=LEDGER_SCHEMA)
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -106,7 +106,7 @@ def _plain(row: ShardResult) -> dict[str, Any]:
 def _read_segment(url: str) -> list[ShardResult]:
     data = storage.read_bytes(url)
     try:
-        table = pq.read_table(io.BytesIO(data), schema=LEDGER_SCHEMA)
+        table = pq.read_table(io.BytesIO(data), schema=LEDGER_SCHEMA, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         remedy = "remove it: the parts say again what it said"
         raise StorageError(f"{storage.public_url(url)} is no segment of a ledger; {remedy} ({error})") from error

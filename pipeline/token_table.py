@@ -22,6 +22,10 @@ from pipeline.records import DecodedSample, ObjectInfo, SampleFailure
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 8192
 INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
+# Pages carry a checksum, so that flipped bytes are an error wherever a part is read, not other tokens.
+_CHECKED_PARQUET = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 _ARROW_TYPES = {
     "string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(),
     "float64": pa.float64(), "bool": pa.bool_(),
@@ -167,7 +171,9 @@ def _canonical(value: dict[str, Any]) -> bytes:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=True, row_group_size=ROW_GROUP_ROWS)
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=True, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
+    )
     return bytes(sink.getvalue())
 
 
@@ -185,12 +191,13 @@ def read_footer(url: str) -> dict[str, Any]:
 def read_table(
     urls: Sequence[str], columns: Sequence[str] | None = None, where: ds.Expression | None = None
 ) -> pa.Table:
-    """Rows of the Parquet files at `urls` (all on one store), in the order of the list."""
+    """Rows of the Parquet files at `urls` (all on one store), in the order of the list. Raises OSError where the
+    bytes of a page are not those that were written."""
     if not urls:
         return pa.table({})
     fs = storage.filesystem(urls[0])[0]
     paths = [storage.filesystem(url)[1] for url in urls]
-    dataset = ds.dataset(paths, format="parquet", filesystem=fs)
+    dataset = ds.dataset(paths, format=_CHECKED_PARQUET, filesystem=fs)
     return dataset.to_table(columns=list(columns) if columns else None, filter=where)
 
 

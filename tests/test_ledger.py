@@ -85,6 +85,21 @@ def test_a_damaged_segment_is_named_with_the_remedy(output: OutputPrefix, tmp_pa
         Ledger(output).read()
 
 
+def test_a_flipped_byte_in_any_page_of_a_segment_is_an_error_or_changes_nothing(
+    output: OutputPrefix, tmp_path: Path
+) -> None:
+    Ledger(output).append([row(n, n) for n in range(20)])
+    path, before, num_refused = tmp_path / "ledger" / "00000001.parquet", Ledger(output).read(), 0
+    data = path.read_bytes()
+    for position in range(4, len(data) - 8 - pq.read_metadata(path).serialized_size, 3):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        try:
+            assert Ledger(output).read() == before, position
+        except StorageError:
+            num_refused += 1
+    assert num_refused > 50
+
+
 def test_messages_are_stored_without_credentials(output: OutputPrefix, tmp_path: Path) -> None:
     Ledger(output).append([replace(LOST, message="GET https://me:secret@h/a.tar?sig=hidden failed")])
     assert Ledger(output).read()[LOST.shard].message == "GET https://h/a.tar failed"
