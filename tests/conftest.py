@@ -35,9 +35,12 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an empty bucket on a real S3 server; clients of this process and its children find it by environment."""
-    from s3_server import s3_server
+    from jobs.local_servers import S3Server
 
-    with s3_server(tmp_path_factory.mktemp("s3"), "test-bucket") as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+    server = S3Server(tmp_path_factory.mktemp("s3"), "test-bucket")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
             patch.setenv(name, value)
         yield "s3://test-bucket"
+    server.stop()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,45 +16,20 @@ from rich.console import Console
 
 from jobs import submit as submit_module
 from jobs.config import ConfigError
+from jobs.local_servers import RayHead
 from jobs.submit import SubmitError, run_submit, submission_id
 from make_data import write_checkpoint, write_shards
-from ports import free_ports
-
-TOKEN = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head with a Jobs server; gives the environment with which clients find it (Ray reads it when imported)."""
-    ports = free_ports(4)  # other Rays on this machine have the usual ones
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    head = RayHead(tmp_path_factory.mktemp("ray"), num_cpus=4)
+    head.start()
+    environment = {**os.environ, **head.environment}
     environment.pop("RAY_ADDRESS", None)
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # as in an activated venv
-    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=4",
-               "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
-               f"--dashboard-agent-listen-port={ports[2]}", f"--ray-client-server-port={ports[3]}",
-               "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats",
-               f"--temp-dir={tmp_path_factory.mktemp('ray')}"]  # fmt: skip
-    log = (tmp_path_factory.mktemp("log") / "head").open("wb")
-    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        wait_for(f"http://127.0.0.1:{ports[1]}/api/version")
-        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-    finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(30)
-        log.close()
-
-
-def wait_for(url: str, timeout_s: float = 60) -> None:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
-    for _ in range(int(timeout_s / 0.2)):
-        try:
-            with urllib.request.urlopen(request, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise TimeoutError(url)
+    yield environment
+    head.stop()
 
 
 def submit(environment: dict[str, str], folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -87,7 +58,7 @@ def test_a_submitted_job_runs_on_the_cluster_and_its_logs_and_exit_code_come_bac
     refused = submit(cluster, tmp_path / "job", "batch_size=8")
     assert refused.returncode == 2 and "numerics.batch_size" in refused.stdout
 
-    unknown = submit({**cluster, "RAY_AUTH_TOKEN": TOKEN[::-1]}, tmp_path / "job")
+    unknown = submit({**cluster, "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}, tmp_path / "job")
     assert unknown.returncode == 2 and "token" in unknown.stderr
 
 
