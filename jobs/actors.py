@@ -35,6 +35,7 @@ _REASONS = {
     "truncated": FailureReason.SHARD_TRUNCATED,
     "damaged": FailureReason.SHARD_DAMAGED,
     "unreadable": FailureReason.SHARD_UNREADABLE,
+    "changed": FailureReason.SHARD_CHANGED,
 }
 
 

@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.errors import PipelineError, RunMismatch, StorageError
 from pipeline.images import ImageSpec, SampleError, decode_image
 from pipeline.output import OutputPrefix, listed, part_name, require_run
+from pipeline.shard_patterns import expand
 from pipeline.token_table import read_footer, read_table, read_tokens
 
 # B images, H W token rows and columns, N = H * W
@@ -120,7 +121,7 @@ class Originals:
     def _problem(self, shard: str) -> str:
         """Why the shard cannot be used; empty when it is as it was when it was tokenised."""
         try:
-            (info,) = storage.expand([shard])
+            (info,) = expand([shard])
             footer = read_footer(self._output.part(part_name(shard)))
         except (PipelineError, FileNotFoundError, ValueError) as error:
             return str(error)

@@ -24,6 +24,7 @@ from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, RunDescription, check_run, claim, read_manifest
 from pipeline.plan import Plan, make_plan, record_plan
 from pipeline.records import ShardResult, ShardState
+from pipeline.shard_patterns import expand
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, quarantine
 
@@ -44,7 +45,7 @@ def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = N
     head = read_head(config.checkpoint)
     numerics = TokenizerSource(head.url, config.device, config.precision, config.batch_size, config.threads)
     run = RunDescription(_table(head, config), config.options(), numerics.numerics())
-    shards = storage.expand(config.shards)
+    shards = expand(config.shards)
     output = OutputPrefix(storage.normalize(config.output))
     check_run(output, run, accept_numerics=config.accept_numerics)  # before anything is written, the lease included
     with Lease(output):

@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError, StorageError
 from pipeline.lease import Lease
 from pipeline.output import OutputPrefix
 from pipeline.records import ObjectInfo
+from pipeline.shard_patterns import expand
 
 if TYPE_CHECKING:
     from jobs.train_worker import Ending, TrainJob
@@ -82,7 +83,7 @@ def _quality(output: TrainOutput) -> str:
 
 
 def _shards(config: TrainConfig) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
-    train, val = storage.expand(config.data.train_shards), storage.expand(config.data.val_shards)
+    train, val = expand(config.data.train_shards), expand(config.data.val_shards)
     if both := {shard.url for shard in train} & {shard.url for shard in val}:
         raise TrainedOnHeldOut(
             f"{min(both)} is in data.train_shards and in data.val_shards: train on it or hold it out"

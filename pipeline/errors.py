@@ -62,3 +62,9 @@ class ShardDamaged(ShardError):
     """A tar header or member is not what the format allows."""
 
     reason = "damaged"
+
+
+class ShardChanged(ShardError):
+    """The object is not the one that was listed. Running again lists it anew."""
+
+    reason = "changed"

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import NoRun, RunMismatch, StorageError
 from pipeline.records import ObjectInfo
+from pipeline.shard_patterns import SHARD_SUFFIXES
 from pipeline.token_table import TableSpec
 
 RUN_FORMAT = 1
@@ -47,7 +48,7 @@ def part_name(shard_url: str) -> str:
     """From the shard's own name and a hash of its URL, so that a growing list of shards keeps its names."""
     url = storage.public_url(shard_url)
     stem = storage.base_name(url)
-    for suffix in storage.SHARD_SUFFIXES:
+    for suffix in SHARD_SUFFIXES:
         stem = stem.removesuffix(suffix)
     # Readers of a folder of Parquet files pass over names that begin with a dot or an underscore.
     stem = _UNSAFE.sub("_", stem).lstrip("._")[:100] or "shard"

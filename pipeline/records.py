@@ -32,6 +32,7 @@ class FailureReason(StrEnum):
     SHARD_TRUNCATED = "shard_truncated"
     SHARD_DAMAGED = "shard_damaged"
     SHARD_UNREADABLE = "shard_unreadable"
+    SHARD_CHANGED = "shard_changed"
     SHARD_CRASHED = "shard_crashed"
     SHARD_TIMED_OUT = "shard_timed_out"
 

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import local_disk
-from pipeline.errors import NoShardsMatched, StorageError
+from pipeline.errors import StorageError
 from pipeline.records import ObjectInfo
 from pipeline.urls import base_name as base_name
-from pipeline.urls import glob_folder, is_glob, is_web
+from pipeline.urls import glob_folder, is_web
 from pipeline.urls import is_local as is_local
 from pipeline.urls import join as join
 from pipeline.urls import normalize as normalize
 from pipeline.urls import public_text as public_text
 from pipeline.urls import public_url as public_url
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 READ_BLOCK_BYTES = 8 << 20
 _CONTENT_MARKS = ("ETag", "etag", "md5Hash", "mtime", "created", "Last-Modified")
 _EXTRAS = {
@@ -205,94 +204,50 @@ def _info(folder_url: str, folder_path: str, entry: dict[str, Any]) -> ObjectInf
     the scheme, the host and the account."""
     name = str(entry["name"])
     url = name if "://" in name or is_local(folder_url) else folder_url + name.removeprefix(folder_path)
+    return ObjectInfo(url, int(entry.get("size") or 0), _mark(entry))
+
+
+def _mark(entry: dict[str, Any]) -> str:
+    """The same from a listing and from a look at the one object: some say a time in two ways."""
     mark = next((entry[k] for k in _CONTENT_MARKS if entry.get(k)), "")
-    return ObjectInfo(url, int(entry.get("size") or 0), str(mark).strip('"'))
+    return str(mark.timestamp() if isinstance(mark, datetime) else mark).strip('"')
 
 
-def expand(patterns: Iterable[str]) -> list[ObjectInfo]:
-    """The shards that brace patterns, globs and folders name, in URL order, each once.
-
-    Costs one listing a folder, not a request a shard. Raises NoShardsMatched naming the pattern that
-    matched nothing.
-    """
-    found = {info.url: info for pattern in patterns for info in _expand_one(pattern)}
-    return [found[url] for url in sorted(found)]
-
-
-def _expand_one(pattern: str) -> list[ObjectInfo]:
-    try:
-        urls = [normalize(url) for url in braceexpand(pattern)]
-    except UnbalancedBracesError as error:
-        raise NoShardsMatched(f"shard pattern {pattern!r} has unbalanced braces") from error
-    globs = [info for url in urls if is_glob(url) for info in _glob(url)]
-    return globs + _look_up([url for url in urls if not is_glob(url)])
-
-
-def _hint(url: str) -> str:
-    if is_local(url):
-        folder = Path(glob_folder(url) if is_glob(url) else url.rpartition("/")[0] or "/")
-        return f"the folder {folder} " + ("holds no such file" if folder.is_dir() else "does not exist")
-    return "check the bucket, the prefix and the credentials"
-
-
-def _glob(url: str) -> list[ObjectInfo]:
-    fs, path = _listing(url)
-    with _named("list", url):
-        entries = fs.glob(path, detail=True).values()
-    folder = glob_folder(url)
-    start = "" if folder.endswith("://") else filesystem(folder)[1]
-    infos = [_info(folder, start, entry) for entry in entries if entry["type"] == "file"]
-    if not infos:
-        shown = public_url(url) if is_web(url) else url
-        raise NoShardsMatched(f"shard pattern {shown!r} matches nothing; {_hint(url)}")
-    return infos
-
-
-def _look_up(urls: list[str]) -> list[ObjectInfo]:
-    """Named shards, by one listing per folder; a folder itself stands for the shards in it."""
-    infos: list[ObjectInfo] = []
-    listings: dict[str, dict[str, ObjectInfo]] = {}
-    for url in urls:
-        folder = url.rpartition("/")[0]
-        if folder not in listings:
-            listings[folder] = _list_folder(folder)
-        if url in listings[folder]:
-            infos.append(listings[folder][url])
-        else:
-            infos += _shards_of(url, _stat_or_list(url))
-    return infos
-
-
-def _shards_of(url: str, below: list[ObjectInfo]) -> list[ObjectInfo]:
-    if not below:
-        raise NoShardsMatched(f"shard {public_url(url)} does not exist; {_hint(url)}")
-    shards = [info for info in below if info.url == url or info.url.endswith(SHARD_SUFFIXES)]
-    if not shards:
-        suffixes = ", ".join(SHARD_SUFFIXES)
-        raise NoShardsMatched(f"{public_url(url)} holds no shard: none of its files ends with {suffixes}")
-    return shards
-
-
-def _list_folder(folder: str) -> dict[str, ObjectInfo]:
-    if is_web(folder):  # no listing there: each is asked for by itself
-        return {}
-    fs, path = _listing(folder)
-    with _named("list", folder):
+def list_folder(folder_url: str) -> list[ObjectInfo]:
+    """The objects right in a folder, none of those further down; none when there is no such folder."""
+    fs, path = _listing(folder_url)
+    with _named("list", folder_url):
         try:
             entries = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
-            return {}
-    infos = (_info(folder, path, entry) for entry in entries if entry["type"] == "file")
-    return {info.url: info for info in infos}
+            return []
+    return [_info(folder_url, path, entry) for entry in entries if entry["type"] == "file"]
 
 
-def _stat_or_list(url: str) -> list[ObjectInfo]:
-    if not is_web(url):
-        return list_files(url)
-    fs, path = filesystem(url)
+def list_matches(glob_url: str) -> list[ObjectInfo]:
+    """The objects whose URL matches a pattern of `*`, `?` and `[]`; a `**` stands for folders as well."""
+    fs, path = _listing(glob_url)
+    with _named("list", glob_url):
+        entries = fs.glob(path, detail=True).values()
+    folder = glob_folder(glob_url)
+    start = "" if folder.endswith("://") else filesystem(folder)[1]
+    return [_info(folder, start, entry) for entry in entries if entry["type"] == "file"]
+
+
+def stat(url: str) -> ObjectInfo | None:
+    """One object as its store lists it now, never from a cache; None where there is none (a folder is none)."""
+    fs, path = _listing(url)
     with _named("look for", url):
         try:
             entry = fs.info(path)
-        except FileNotFoundError:
-            return []
-    return [_info(url, path, {**entry, "name": url})]
+        except FileNotFoundError as error:
+            _raise_if_unanswered(url, error)
+            return None
+    return _info(url, path, {**entry, "name": url}) if entry["type"] == "file" else None
+
+
+def _raise_if_unanswered(url: str, error: FileNotFoundError) -> None:
+    """fsspec's web client says "not found" of every other refusal too, and of a server that it cannot reach."""
+    cause = error.__cause__
+    if is_web(url) and cause is not None and getattr(cause, "status", None) not in (404, 410):
+        raise cause

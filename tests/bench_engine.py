@@ -28,11 +28,11 @@ from jobs.actors import ActorPool
 from jobs.dispatch import Dispatch
 from jobs.pool_settings import PoolSettings
 from make_data import image_bytes, tar_bytes
-from pipeline import storage
 from pipeline.images import ImageSpec, decode_image
 from pipeline.output import OutputPrefix
 from pipeline.plan import ShardTask, part_name
 from pipeline.records import ObjectInfo
+from pipeline.shard_patterns import expand
 from pipeline.shards import read_samples
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
@@ -101,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.shards:
             make_shards(Path(folder), arguments.images)
-        report = bench(storage.expand([arguments.shards or folder]), Path(folder), arguments)
+        report = bench(expand([arguments.shards or folder]), Path(folder), arguments)
     json.dump(report, sys.stdout, indent=2)
     sys.stdout.write("\n")
 

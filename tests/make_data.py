@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.images import ImageSpec
 from pipeline.records import ObjectInfo
+from pipeline.shard_patterns import expand
 from pipeline.token_table import TableSpec
 
 
@@ -81,12 +82,12 @@ def write_shards(folder: Path, counts: Sequence[int]) -> list[ObjectInfo]:
     for number, count in enumerate(counts):
         (folder / f"made-{number:06d}.tar").write_bytes(tar_bytes(sample_members(first, count)))
         first += count
-    return storage.expand([str(folder)]) if counts else []
+    return expand([str(folder)]) if counts else []
 
 
 def listed(path: Path) -> ObjectInfo:
     """One file as its store lists it."""
-    (info,) = storage.expand([str(path)])
+    (info,) = expand([str(path)])
     return info
 
 

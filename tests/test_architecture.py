@@ -16,7 +16,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # library -> the only files (or whole packages) that may import it
 DOORS = {
     "fsspec": {"pipeline/storage.py"},
-    "braceexpand": {"pipeline/storage.py"},
+    "braceexpand": {"pipeline/shard_patterns.py"},
     "PIL": {"pipeline/images.py", "pipeline/pictures.py"},
     "pyarrow": {"pipeline/token_table.py", "pipeline/ledger.py"},
     "webdataset": {"pipeline/pack.py"},

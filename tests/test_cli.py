@@ -15,12 +15,12 @@ import pytest
 from fakes import HeadTokenizer
 from jobs.checkpoints import read_head
 from make_data import write_checkpoint, write_shards
-from pipeline import storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, RunDescription, claim
 from pipeline.plan import PlanRecord, make_plan, record_plan
 from pipeline.records import ShardResult, ShardState
+from pipeline.shard_patterns import expand
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
 
@@ -48,7 +48,7 @@ def output(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     claim(prefix, RunDescription(table, {}, {}), accept_numerics=False)
     worker = TokenizeWorker(HeadTokenizer(head), TokenizeJob(prefix, table, 8, 1))
     ledger = Ledger(prefix)
-    plan = make_plan(storage.expand([str(folder / "in")]), prefix, ledger)
+    plan = make_plan(expand([str(folder / "in")]), prefix, ledger)
     record_plan(prefix, plan)
     ledger.append([worker.tokenize(task) for task in plan.todo])
     worker.close()

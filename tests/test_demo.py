@@ -26,6 +26,7 @@ from pipeline.images import MAX_PIXELS, ImageSpec, SampleError, decode_image
 from pipeline.output import OutputPrefix, RunDescription, claim, part_name
 from pipeline.pictures import Box
 from pipeline.plan import ShardTask
+from pipeline.shard_patterns import expand
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
 
@@ -205,7 +206,7 @@ def tokenize_here(config: TokenizeConfig, command: str) -> int:
     claim(output, RunDescription(table, config.options(), {}), accept_numerics=False)
     tokenizer = TokenizerSource(head.url, "cpu", "fp32", batch_size=64, threads=1).load()
     worker = TokenizeWorker(tokenizer, TokenizeJob(output, table, batch_size=64, decode_threads=1))
-    for info in storage.expand(config.shards):
+    for info in expand(config.shards):
         worker.tokenize(ShardTask(info, part_name(info.url)))
     worker.close()
     storage.publish(output.file("manifest.json"), b"{}")

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.image_folder import PackError, Why
 from pipeline.pack import PackSummary, pack
 from pipeline.pictures import encode_jpeg, encode_png
+from pipeline.shard_patterns import expand
 
 
 def jpeg(seed: int = 0) -> bytes:
@@ -92,7 +93,7 @@ def test_our_own_reader_gives_the_same_keys_as_webdataset(tmp_path: Path) -> Non
     from pipeline.shards import read_samples
 
     summary = pack(write(tmp_path / "in", {name: jpeg() for name in HARD_NAMES}), str(tmp_path / "out"))
-    (shard,) = storage.expand(summary.shard_urls)
+    (shard,) = expand(summary.shard_urls)
     ours = [(sample.key, sample.failure) for sample in read_samples(shard)]
     assert ours == [(sample["__key__"], None) for sample in read_with_webdataset(summary)]
 

@@ -27,6 +27,7 @@ from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, part_name
 from pipeline.plan import Plan, ShardTask, make_plan
 from pipeline.records import FailureReason, ObjectInfo, ShardResult, ShardState
+from pipeline.shard_patterns import expand
 from pipeline.token_table import part_bytes, read_footer
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker, quarantine
 
@@ -39,7 +40,7 @@ class World:
         write_shards(self.shards_folder, counts)
 
     def shards(self) -> list[ObjectInfo]:
-        return storage.expand([str(self.shards_folder)])
+        return expand([str(self.shards_folder)])
 
     def plan(self) -> Plan:
         return make_plan(self.shards(), self.output, Ledger(self.output))

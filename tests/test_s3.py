@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import duckdb
 import fsspec
 import pytest
 
+from jobs.local_servers import S3Server
 from make_data import write_checkpoint, write_shards
 from pipeline import storage
-from pipeline.errors import NoShardsMatched
+from pipeline.errors import NoShardsMatched, StorageError
+from pipeline.shard_patterns import expand
 
 pytestmark = pytest.mark.server
 COUNTS = [5, 11]
@@ -65,15 +68,50 @@ def test_listings_are_never_stale(s3: str) -> None:
     assert storage.list_files(f"{s3}/fresh") == []
     storage.publish(f"{s3}/fresh/a.tar", b"x")
     assert [(info.url, info.size_bytes) for info in storage.list_files(f"{s3}/fresh")] == [(f"{s3}/fresh/a.tar", 1)]
-    first = storage.expand([f"{s3}/fresh/*.tar"])
+    first = expand([f"{s3}/fresh/*.tar"])
     storage.publish(f"{s3}/fresh/a.tar", b"y")
-    assert storage.expand([f"{s3}/fresh/*.tar"])[0].etag != first[0].etag
+    assert expand([f"{s3}/fresh/*.tar"])[0].etag != first[0].etag
+
+
+def test_stat_is_never_stale_and_says_what_a_listing_says(s3: str) -> None:
+    url = f"{s3}/stat/a.tar"
+    assert storage.stat(url) is None
+    for data in (b"one", b"other"):
+        storage.publish(url, data)
+        assert [storage.stat(url)] == storage.list_files(f"{s3}/stat")
+    storage.remove(url)
+    assert storage.stat(url) is None and storage.stat(s3) is None
 
 
 def test_what_is_not_there_is_said_with_its_url(s3: str) -> None:
     with pytest.raises(NoShardsMatched, match="nothing-here"):
-        storage.expand([f"{s3}/nothing-here/*.tar"])
+        expand([f"{s3}/nothing-here/*.tar"])
     with pytest.raises(NoShardsMatched, match="no-such-bucket"):
-        storage.expand(["s3://no-such-bucket/a.tar"])
+        expand(["s3://no-such-bucket/a.tar"])
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{s3}/nothing")
+
+
+def test_a_server_killed_and_started_again_has_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tests may kill the server that a run writes to."""
+    server = S3Server(tmp_path, "killed-bucket")
+    server.start()
+    try:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()  # it remembers another server
+        for n in range(5):
+            storage.publish(f"s3://killed-bucket/{n}", b"%d" % n * 1000)
+        server.kill()
+        server.start()
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                found = [storage.read_bytes(i.url) for i in storage.list_files("s3://killed-bucket")]
+                break
+            except StorageError:  # it says "internal error" for a moment
+                assert time.monotonic() < deadline
+        assert found == [b"%d" % n * 1000 for n in range(5)]
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()

@@ -13,7 +13,6 @@ from PIL import Image
 from jobs import show
 from jobs.checkpoints import CheckpointHead, TokenizerSource
 from jobs.contact_sheet import contact_sheet_png, psnr_db
-from pipeline import storage
 from pipeline.errors import PipelineError, RunMismatch
 from pipeline.images import ImageSpec
 from pipeline.metadata import MetadataColumn
@@ -21,6 +20,7 @@ from pipeline.output import OutputPrefix, RunDescription, claim, part_name
 from pipeline.pack import pack
 from pipeline.pictures import encode_png
 from pipeline.plan import ShardTask
+from pipeline.shard_patterns import expand
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
 
@@ -55,7 +55,7 @@ def output(tmp_path: Path) -> str:
     out = OutputPrefix(str(tmp_path / "out"))
     claim(out, RunDescription(table, {}, {}), accept_numerics=False)
     worker = TokenizeWorker(QuarterColours(), TokenizeJob(out, table, batch_size=2, decode_threads=1))
-    for info in storage.expand(summary.shard_urls):
+    for info in expand(summary.shard_urls):
         worker.tokenize(ShardTask(info, part_name(info.url)))
     worker.close()
     return out.url

@@ -21,6 +21,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from make_data import Killed, MortalStore
 from pipeline import local_disk, storage
 from pipeline.errors import NoShardsMatched, PipelineError, ShardTruncated, StorageError
+from pipeline.records import ObjectInfo
+from pipeline.shard_patterns import expand
 
 
 def names(folder: Path) -> list[str]:
@@ -28,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 
 def urls(patterns: list[str]) -> list[str]:
-    return [info.url for info in storage.expand(patterns)]
+    return [info.url for info in expand(patterns)]
 
 
 def make(folder: Path, *paths: str) -> Path:
@@ -301,7 +303,7 @@ def test_links_to_shards_are_shards_with_the_size_and_mark_of_what_they_point_to
     (tmp_path / "data" / "x.tar").symlink_to("../blobs/0123456789abcdef")
     os.utime(tmp_path / "blobs" / "0123456789abcdef", (5, 5))
     for pattern in (tmp_path / "data", tmp_path / "data" / "*.tar", tmp_path / "data" / "x.tar"):
-        (info,) = storage.expand([str(pattern)])
+        (info,) = expand([str(pattern)])
         assert (info.url, info.size_bytes, info.etag) == (str(tmp_path / "data" / "x.tar"), 22, "5.0")
 
 
@@ -328,11 +330,21 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_folder(tmp_
     (tmp_path / "data" / "round").symlink_to(tmp_path / "data" / "round")  # fails for root too, as a stale mount does
     for listing in (
         storage.list_files,
-        lambda url: storage.expand([url]),
-        lambda url: storage.expand([f"{url}/*.tar"]),
+        lambda url: expand([url]),
+        lambda url: expand([f"{url}/*.tar"]),
     ):
         with pytest.raises(StorageError, match="cannot list"):
             listing(str(tmp_path / "data"))
+
+
+def test_stat_says_what_a_listing_says_and_none_of_what_is_no_object(tmp_path: Path) -> None:
+    for base in (str(tmp_path), "memory://storage-test/stat"):
+        storage.publish(f"{base}/folder/x.tar", b"abc")
+        assert storage.stat(f"{base}/folder/x.tar") == storage.list_files(base)[0]
+        assert storage.stat(f"{base}/folder") is None and storage.stat(f"{base}/no") is None
+    os.utime(tmp_path / "folder" / "x.tar", (5, 5))
+    assert storage.stat(str(tmp_path / "folder" / "x.tar")) == ObjectInfo(f"{tmp_path}/folder/x.tar", 3, "5.0")
+    storage.remove("memory://storage-test/stat/folder/x.tar")
 
 
 class TwoFaced(MemoryFileSystem):
@@ -389,7 +401,7 @@ def test_patterns_are_braces_globs_folders_and_names_each_shard_once_in_order(tm
 def test_a_pattern_that_matches_nothing_is_named_with_the_remedy(tmp_path: Path, pattern: str, said: str) -> None:
     make(tmp_path, "s/x-000.tar", "s/x-001.tar", "empty/notes.txt")
     with pytest.raises(NoShardsMatched, match=said) as raised:
-        storage.expand([f"{tmp_path}/s/*.tar", f"{tmp_path}/{pattern}"])
+        expand([f"{tmp_path}/s/*.tar", f"{tmp_path}/{pattern}"])
     assert isinstance(raised.value, PipelineError) and raised.value.exit_code == 2
 
 
@@ -407,7 +419,7 @@ def test_a_hundred_thousand_named_shards_cost_one_listing(monkeypatch: pytest.Mo
             return "/" + path.removeprefix("counting://").strip("/")
 
     fsspec.register_implementation("counting", Counting, clobber=True)
-    assert len(storage.expand(["counting://b/x-{000000..099999}.tar"])) == 100_000
+    assert len(expand(["counting://b/x-{000000..099999}.tar"])) == 100_000
     assert Counting.listings == 1
 
 
@@ -428,14 +440,24 @@ def web(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.server
 def test_shards_behind_signed_web_addresses_are_found_and_read(tmp_path: Path, web: str) -> None:
     make(tmp_path, "x-0.tar", "x-1.tar")
-    first, second = storage.expand([f"{web}/x-{{0..1}}.tar?sig=a[b]/c"])  # its question mark is no wildcard
+    first, second = expand([f"{web}/x-{{0..1}}.tar?sig=a[b]/c"])  # its question mark is no wildcard
     assert (first.url, first.size_bytes) == (f"{web}/x-0.tar?sig=a[b]/c", 7)
     assert first.etag
     with storage.open_read(second.url) as stream:
         assert stream.read() == b"x-1.tar"
     with pytest.raises(NoShardsMatched, match=f"shard {web}/x-2.tar does not exist") as raised:
-        storage.expand([f"{web}/x-2.tar?sig=secret"])
+        expand([f"{web}/x-2.tar?sig=secret"])
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.server
+def test_a_web_server_that_refuses_is_not_taken_for_one_without_the_object(web: str, tmp_path: Path) -> None:
+    make(tmp_path, "x-0.tar")
+    found = storage.stat(f"{web}/x-0.tar")
+    assert found is not None and found.size_bytes == 7
+    assert storage.stat(f"{web}/x-1.tar") is None
+    with pytest.raises(StorageError, match=r"cannot look for .*x-0"):
+        storage.stat(web.rpartition(":")[0] + ":1/x-0.tar")  # nobody listens there
 
 
 def test_the_mortal_store_dies_before_the_change_that_it_was_told() -> None:

@@ -17,7 +17,7 @@ from pipeline.errors import ShardTruncated
 from pipeline.held_out import batches, held_out_images
 from pipeline.images import ImageSpec
 from pipeline.records import ObjectInfo
-from pipeline.storage import expand
+from pipeline.shard_patterns import expand
 from pipeline.training_order import StreamCursor, StreamOptions, window_shards
 from pipeline.training_samples import NoUsableImages, TrainingSamples
 
