@@ -53,13 +53,17 @@ def train(config: Config, overrides: Overrides = None) -> int:
 
 
 @app.command()
-def tokenize(config: Config, overrides: Overrides = None) -> int:
+def tokenize(
+    config: Config,
+    overrides: Overrides = None,
+    prune: Annotated[bool, typer.Option("--prune", help="drop parts of shards that the input has no longer")] = False,
+) -> int:
     """Tokenise shards into Parquet; the same command again resumes."""
     from jobs.config import load_config
     from jobs.tokenize_config import TokenizeConfig
     from jobs.tokenize_dataset import run_tokenize
 
-    return run_tokenize(load_config(TokenizeConfig, config, overrides or ()), _command())
+    return run_tokenize(load_config(TokenizeConfig, config, overrides or ()), _command(), prune=prune)
 
 
 @app.command()

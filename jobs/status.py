@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,18 +15,20 @@ from rich.markup import escape
 from pipeline import storage
 from pipeline.lease import is_held
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, listed, read_manifest, require_run
+from pipeline.output import OutputPrefix, listed, part_name, require_run
 from pipeline.plan import PlanRecord, read_plan_record
-from pipeline.records import ShardResult, ShardState
+from pipeline.records import ObjectInfo, ShardResult, ShardState
 from pipeline.token_table import count_errors
 
 MAX_QUARANTINED_SHOWN = 20
+MAX_ERRORS_FILES = 1000  # read for the reasons of failed images
 
 
 @dataclass(frozen=True)
 class Status:
     """Counts come from the ledger, which the driver writes every ten seconds; `num_parts` from a listing, so a part
-    that no ledger row knows yet shows. `num_shards` is what the last driver set out to do, with what was done."""
+    that no ledger row knows yet shows. `num_shards` is what the last driver set out to do, with what was done.
+    `removed`: shards of earlier runs that it did not list; they count in `num_parts` and `part_bytes` alone."""
 
     output: str
     tokenizer_id: str
@@ -44,7 +46,11 @@ class Status:
     left_s: float | None
     shard_seconds: float  # of all done shards together
     errors_by_reason: dict[str, int]
+    num_errors_files: int  # of shards with failed images
+    num_errors_files_read: int  # of those, for `errors_by_reason`
     quarantined: list[dict[str, Any]]
+    removed: list[str]
+    num_removed_images: int  # tokenised, and still in the table
 
 
 def run_status(output_url: str, *, as_json: bool) -> int:
@@ -59,14 +65,17 @@ def run_status(output_url: str, *, as_json: bool) -> int:
 
 
 def read_status(output: OutputPrefix) -> Status:
-    """One listing of tokens/ and errors/, the ledger and the errors files."""
-    run = require_run(output)
-    rows = list(Ledger(output).read().values())
+    """One listing of tokens/ and errors/, the ledger, and the first MAX_ERRORS_FILES errors files."""
+    run, plan = require_run(output), read_plan_record(output)
+    rows = [row for row in Ledger(output).read().values() if row.state is not ShardState.REMOVED]
     parts, errors = listed(output.tokens_folder()), listed(output.errors_folder())
-    done = [row for row in rows if row.state is ShardState.DONE]
-    lost = [row for row in rows if row.state is ShardState.QUARANTINED]
-    state, plan = _state(output), read_plan_record(output)
+    gone = set(plan.removed) if plan else set()
+    done = [row for row in rows if row.state is ShardState.DONE and row.shard not in gone]
+    lost = [row for row in rows if row.state is ShardState.QUARANTINED and row.shard not in gone]
+    removed = [row for row in rows if row.shard in gone]
+    state = _state(output)
     images_per_s, left_s = _speed(plan, done, len(lost)) if plan and state == "running" else (None, None)
+    with_errors = _with_failed_images(errors, [*lost, *removed])
     return Status(
         output=output.url,
         tokenizer_id=run["tokenizer_id"],
@@ -83,13 +92,29 @@ def read_status(output: OutputPrefix) -> Status:
         images_per_s=images_per_s,
         left_s=left_s,
         shard_seconds=round(sum(row.seconds for row in done), 1),
-        errors_by_reason=dict(Counter(count_errors([info.url for info in errors.values()])).most_common()),
+        errors_by_reason=_errors_by_reason(with_errors[:MAX_ERRORS_FILES], lost),
+        num_errors_files=len(with_errors),
+        num_errors_files_read=min(len(with_errors), MAX_ERRORS_FILES),
         quarantined=[_quarantined(row) for row in lost],
+        removed=[row.shard for row in removed],
+        num_removed_images=sum(row.num_rows for row in removed),
     )
 
 
+def _with_failed_images(errors: Mapping[str, ObjectInfo], others: Iterable[ShardResult]) -> list[str]:
+    """The errors files of shards that were read to their end: what the others failed of is in the ledger."""
+    not_these = {part_name(row.shard) for row in others}
+    return [info.url for name, info in errors.items() if name not in not_these]
+
+
+def _errors_by_reason(urls: Sequence[str], lost: Iterable[ShardResult]) -> dict[str, int]:
+    counts = Counter(count_errors(urls))
+    counts.update(str(row.reason) for row in lost)
+    return dict(counts.most_common())
+
+
 def _state(output: OutputPrefix) -> str:
-    if read_manifest(output) is not None:
+    if storage.exists(output.file("manifest.json")):
         return "complete"
     return "running" if is_held(output) else "stopped"
 
@@ -125,10 +150,16 @@ def _lines(status: Status) -> Iterator[tuple[str, str]]:
     yield "speed", _speed_text(status)
     for reason, count in status.errors_by_reason.items():
         yield "error", f"{count:,} × {reason}"
+    if status.num_errors_files_read < status.num_errors_files:
+        yield "", f"(images of the first {status.num_errors_files_read:,} of {status.num_errors_files:,} errors files)"
     for row in status.quarantined[:MAX_QUARANTINED_SHOWN]:
         yield "quarantined", f"{row['shard']}: {row['reason']}, {row['attempts']} attempts: {row['message']}"
     if (hidden := len(status.quarantined) - MAX_QUARANTINED_SHOWN) > 0:
         yield "", f"and {hidden:,} more: --json lists all"
+    if status.removed:
+        yield "removed", f"{len(status.removed):,} shards are no longer in the input"
+        kept = f"{status.num_removed_images:,} images of theirs are still in the table"
+        yield "", f"{kept}: --json lists the shards, dvae tokenize --prune drops them"
 
 
 def _speed_text(status: Status) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ from pydantic import Field, model_validator
 from jobs.config import Patterns, Section
 from pipeline.metadata import ColumnType, MetadataColumn
 from pipeline.shards import IMAGE_EXTENSIONS
+from pipeline.urls import normalize, public_url
 
+_URLS = re.compile(r"(?=\b\w[\w+.-]*://)")  # a brace pattern may hold several
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -67,6 +70,21 @@ class TokenizeConfig(Section):
             "require_end_marker": self.require_end_marker,
         }
 
+    def public_settings(self) -> dict[str, Any]:
+        """As plain JSON, URLs without credentials and query strings: what may be stored. `check` reads it again,
+        in any working directory."""
+        settings = self.model_dump(mode="json", by_alias=True)
+        absolute = {"checkpoint": normalize(self.checkpoint), "output": normalize(self.output)}
+        return {name: _public(value) for name, value in {**settings, **absolute}.items()}
+
     @property
     def device(self) -> str:
         return "cuda" if self.ray.gpus_per_actor > 0 else "cpu"
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _public(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return "".join(map(public_url, _URLS.split(value))) if isinstance(value, str) else value

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.checkpoints import CheckpointHead, TokenizerSource, read_head
+from jobs.closing import Closing, named
 from jobs.progress import JobProgress
 from jobs.tokenize_config import TokenizeConfig
+from jobs.tokenize_run import TokenizeRun, held
 from pipeline import storage
 from pipeline.errors import PipelineError
-from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, RunDescription, check_run, claim, read_manifest
+from pipeline.manifest import Totals, write_manifest
 from pipeline.plan import Plan, make_plan, record_plan
+from pipeline.prune import drop_removed
 from pipeline.records import ShardResult, ShardState
 from pipeline.shard_patterns import expand
-from pipeline.token_table import TableSpec
-from pipeline.tokenize_shard import TokenizeJob, quarantine
+from pipeline.tokenize_shard import quarantine
 
 if TYPE_CHECKING:
     from jobs.actors import Source
@@ -38,64 +33,35 @@ LEDGER_EVERY_ROWS = 1000
 INTERRUPTED = 130
 
 
-def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = None) -> int:
+def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = None, *, prune: bool = False) -> int:
     """Tokenise what is not yet tokenised; the exit code (0 all accounted for, 1 incomplete or over a budget, 130
     interrupted). `command` is the line to run again. `source` stands in for the checkpoint's model, in tests.
+    `prune`: drop what earlier runs made of shards that the input has no longer.
     Raises PipelineError or ModelError when nothing was started."""
-    head = read_head(config.checkpoint)
-    numerics = TokenizerSource(head.url, config.device, config.precision, config.batch_size, config.threads)
-    run = RunDescription(_table(head, config), config.options(), numerics.numerics())
+    run = TokenizeRun.of(config)
     shards = expand(config.shards)
-    output = OutputPrefix(storage.normalize(config.output))
-    check_run(output, run, accept_numerics=config.accept_numerics)  # before anything is written, the lease included
-    with Lease(output):
-        claim(output, run, accept_numerics=config.accept_numerics)
-        storage.remove_temporaries(output.url)
-        ledger = Ledger(output)
-        ledger.compact()
-        plan = make_plan(shards, output, ledger)
-        session = Session(config, output, run.table, ledger, plan)
-        return session.run(source or numerics, command)
+    with held(run) as ledger:
+        plan = make_plan(shards, run.output, ledger, run.table)
+        del shards  # the plan has them
+        log.info("plan: %s", plan.describe())
+        session = Session(run, ledger, _pruned(run, ledger, plan) if prune else plan)
+        return session.run(source or run.source, command)
 
 
-def _table(head: CheckpointHead, config: TokenizeConfig) -> TableSpec:
-    return TableSpec(head.tokenizer_id, head.grid, head.codebook_size, head.image_spec, config.columns())
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over ledger rows."""
-
-    num_done: int
-    num_quarantined: int
-    num_rows: int
-    num_failed: int
-
-    @classmethod
-    def of(cls, rows: Iterable[ShardResult]) -> Totals:
-        return reduce(Totals.plus, rows, cls(0, 0, 0, 0))
-
-    def plus(self, row: ShardResult) -> Totals:
-        done = row.state is ShardState.DONE
-        return Totals(
-            self.num_done + done,
-            self.num_quarantined + (not done),
-            self.num_rows + row.num_rows,
-            self.num_failed + row.num_failed,
-        )
-
-    @property
-    def failed_share(self) -> float:
-        return self.num_failed / max(1, self.num_rows + self.num_failed)
+def _pruned(run: TokenizeRun, ledger: Ledger, plan: Plan) -> Plan:
+    left = drop_removed(run.output, ledger, plan)
+    if plan.removed:
+        say = Console(soft_wrap=True, highlight=False).print
+        say(f"dropped, no longer in the input: {escape(named(plan.removed))}")
+    return left
 
 
 class Session:
     """One driver's work on one output, from its plan to its manifest."""
 
-    def __init__(
-        self, config: TokenizeConfig, output: OutputPrefix, table: TableSpec, ledger: Ledger, plan: Plan
-    ) -> None:
-        self._config, self._output, self._table, self._ledger, self._plan = config, output, table, ledger, plan
+    def __init__(self, run: TokenizeRun, ledger: Ledger, plan: Plan) -> None:
+        self._run, self._config, self._output = run, run.config, run.output
+        self._ledger, self._plan = ledger, plan
         self._rows = list(plan.done)
         self._totals = Totals.of(plan.done)
         self._unwritten = list(plan.adopted)
@@ -104,11 +70,13 @@ class Session:
         self._console = Console(soft_wrap=True, highlight=False)
 
     def run(self, source: Source, command: str) -> int:
+        if self._plan.todo:
+            storage.remove(self._output.file("manifest.json"))  # the plan is no longer complete
+        record_plan(self._output, self._plan, self._config.public_settings())
         if not self._plan.todo:
             self._flush(force=True)
-            return self._conclude(command, nothing_to_do=True)
-        storage.remove(self._output.file("manifest.json"))  # the plan is no longer complete
-        record_plan(self._output, self._plan)
+            self._console.print("[green]nothing to do[/]: every shard has its part")
+            return self._conclude(command)
         try:
             try:
                 self._tokenize(source)
@@ -140,20 +108,14 @@ class Session:
         dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=config.ray.shards_in_flight)
         with connected(config.ray.address):
             settings = pool_settings(config, len(self._plan.todo))
-            job = self._job(decode_threads(config, settings.num_actors))
+            threads = decode_threads(config, settings.num_actors)
             with (
-                ActorPool(source, job, settings) as pool,
+                ActorPool(source, self._run.job(threads), settings) as pool,
                 JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
             ):
                 for outcome in pool.run(dispatch):
                     progress.note(_line(self._record(outcome)))
                     progress.advance(1, self._speed(started, rows_before))
-
-    def _job(self, threads: int) -> TokenizeJob:
-        return TokenizeJob(
-            self._output, self._table, self._config.batch_size, threads,
-            tuple(self._config.options()["image_extensions"]), self._config.require_end_marker,
-        )  # fmt: skip
 
     def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
         if not isinstance(outcome, ShardResult):
@@ -177,55 +139,12 @@ class Session:
         rate = (totals.num_rows - rows_before) / max(1e-9, time.monotonic() - started)
         return f"{totals.num_rows:,} images, {rate:,.0f} images/s, {totals.num_failed:,} failed"
 
-    def _conclude(self, command: str, *, nothing_to_do: bool = False) -> int:
-        totals = self._totals
-        lost, failed = self._too_many_lost(totals), self._too_many_failed(totals)
-        if not lost:
-            self._write_manifest(totals)
-        say = self._console.print
-        if nothing_to_do:
-            say("[green]nothing to do[/]: every shard has its part")
-        say(
-            f"{totals.num_done:,} of {self._plan.num_shards:,} shards · {totals.num_rows:,} images tokenised · "
-            f"{totals.num_failed:,} failed · {escape(self._output.url)}"
-        )
-        if failed:
-            say(f"[red]over budget[/]: {escape(failed)}; accept that with max_failed_samples={totals.failed_share:.4f}")
-        if lost:
-            say(f"[red]incomplete[/]: {escape(lost)}; to try those again:\n  {escape(command)}")
-        if lost or failed:
-            say(f"what failed and why: dvae status {escape(self._output.url)}")
-        return 1 if lost or failed else 0
-
-    def _too_many_lost(self, totals: Totals) -> str | None:
-        if totals.num_quarantined <= self._config.max_failed_shards:
-            return None
-        reasons = Counter(row.reason for row in self._rows if row.state is ShardState.QUARANTINED)
-        named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        allowed = f"max_failed_shards allows {self._config.max_failed_shards}"
-        return f"{totals.num_quarantined} shards are quarantined ({named}), {allowed}"
-
-    def _too_many_failed(self, totals: Totals) -> str | None:
-        if totals.failed_share <= self._config.max_failed_samples:
-            return None
-        allowed = f"max_failed_samples allows {self._config.max_failed_samples:.2%}"
-        return f"{totals.num_failed:,} images failed, {totals.failed_share:.2%} of all, {allowed}"
-
-    def _write_manifest(self, totals: Totals) -> None:
-        rows = sorted(self._rows, key=lambda row: row.shard)
-        parts = [_manifest_part(row) for row in rows if row.state is ShardState.DONE]
-        lost = [{"shard": r.shard, "reason": r.reason} for r in rows if r.state is ShardState.QUARANTINED]
-        manifest = {**self._table.to_json(), **totals.__dict__, "parts": parts, "quarantined": lost}
-        data = json.dumps(manifest, indent=1, sort_keys=True).encode()
-        if read_manifest(self._output) != json.loads(data):
-            storage.publish(self._output.file("manifest.json"), data)
-
-
-def _manifest_part(row: ShardResult) -> dict[str, Any]:
-    return {
-        "part": row.part, "shard": row.shard, "num_rows": row.num_rows, "num_failed": row.num_failed,
-        "bytes": row.part_bytes, "sha256": row.sha256,
-    }  # fmt: skip
+    def _conclude(self, command: str) -> int:
+        plan, rows = self._plan, self._rows
+        closing = Closing(self._config, self._output.url, plan.num_shards, self._totals, rows, plan.removed)
+        if not closing.lost:
+            write_manifest(self._output, self._run.table, rows, plan.removed)
+        return closing.tell(self._console.print, command)
 
 
 def _line(row: ShardResult) -> str:

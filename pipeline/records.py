@@ -51,6 +51,7 @@ class ShardState(StrEnum):
 
     DONE = "done"
     QUARANTINED = "quarantined"
+    REMOVED = "removed"  # the input has it no longer, and its part was dropped: nothing is left of it
 
 
 @dataclass(frozen=True, slots=True)

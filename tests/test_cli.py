@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 
 from fakes import HeadTokenizer
+from jobs import status as status_module
 from jobs.checkpoints import read_head
+from jobs.status import read_status, run_status
 from make_data import write_checkpoint, write_shards
+from pipeline import storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, RunDescription, claim
-from pipeline.plan import PlanRecord, make_plan, record_plan
-from pipeline.records import ShardResult, ShardState
+from pipeline.output import OutputPrefix, RunDescription, claim, part_name
+from pipeline.plan import PlanRecord, ShardTask, make_plan, record_plan
+from pipeline.records import FailureReason, ObjectInfo, SampleFailure, ShardResult, ShardState, Stage
 from pipeline.shard_patterns import expand
-from pipeline.token_table import TableSpec
-from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
+from pipeline.token_table import TableSpec, errors_bytes
+from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker, quarantine
 
 DVAE = [sys.executable, "-m", "jobs.cli"]
 NEVER_IN_STATUS = ("torch", "ray", "PIL", "webdataset", "duckdb")
@@ -48,8 +51,8 @@ def output(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     claim(prefix, RunDescription(table, {}, {}), accept_numerics=False)
     worker = TokenizeWorker(HeadTokenizer(head), TokenizeJob(prefix, table, 8, 1))
     ledger = Ledger(prefix)
-    plan = make_plan(expand([str(folder / "in")]), prefix, ledger)
-    record_plan(prefix, plan)
+    plan = make_plan(expand([str(folder / "in")]), prefix, ledger, table)
+    record_plan(prefix, plan, {})
     ledger.append([worker.tokenize(task) for task in plan.todo])
     worker.close()
     return folder / "out"
@@ -99,6 +102,28 @@ def test_status_tells_a_driver_at_work_from_one_that_was_killed(output: Path) ->
     (output / "lease.json").write_bytes(left.replace(str(os.getpid()).encode(), b"999999999"))
     assert json.loads(dvae("status", str(output), "--json").stdout)["state"] == "stopped"
     (output / "lease.json").unlink()
+
+
+def test_status_of_a_big_run_reads_so_many_errors_files_and_says_so(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Why whole shards failed is in the ledger; why images did is in the errors files alone."""
+    prefix = OutputPrefix(str(tmp_path))
+    (tmp_path / "run.json").write_bytes((output / "run.json").read_bytes())
+    bad = SampleFailure("k", 0, 512, 9, Stage.DECODE, FailureReason.NOT_AN_IMAGE, "no image")
+    for n in range(5):
+        shard = ObjectInfo(f"/in/{n}.tar", 1, "e")
+        storage.publish(prefix.errors(part_name(shard.url)), errors_bytes(shard, [bad]))
+    task = ShardTask(ObjectInfo("/in/lost.tar", 1, "e"), part_name("/in/lost.tar"))
+    Ledger(prefix).append([quarantine(prefix, task, FailureReason.SHARD_TRUNCATED, "cut", 3)])
+    everything = read_status(prefix)
+    assert everything.errors_by_reason == {"not_an_image": 5, "shard_truncated": 1}
+    monkeypatch.setattr(status_module, "MAX_ERRORS_FILES", 3)
+    some = read_status(prefix)
+    assert some.errors_by_reason == {"not_an_image": 3, "shard_truncated": 1}
+    assert (some.num_errors_files_read, some.num_errors_files) == (3, 5)
+    run_status(str(tmp_path), as_json=False)
+    assert "(images of the first 3 of 5 errors files)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

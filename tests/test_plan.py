@@ -22,8 +22,10 @@ from make_data import (
 )
 from pipeline import plan as plan_module
 from pipeline import storage
-from pipeline.errors import RunMismatch
+from pipeline.errors import RunMismatch, ShardTruncated
+from pipeline.images import ImageSpec
 from pipeline.ledger import Ledger
+from pipeline.metadata import MetadataColumn
 from pipeline.output import OutputPrefix, part_name
 from pipeline.plan import Plan, ShardTask, make_plan
 from pipeline.records import FailureReason, ObjectInfo, ShardResult, ShardState
@@ -43,7 +45,7 @@ class World:
         return expand([str(self.shards_folder)])
 
     def plan(self) -> Plan:
-        return make_plan(self.shards(), self.output, Ledger(self.output))
+        return make_plan(self.shards(), self.output, Ledger(self.output), fake_table())
 
     def work(self, *, write_ledger: bool = True, only: int | None = None) -> list[ShardResult]:
         worker = TokenizeWorker(FakeTokenizer(), TokenizeJob(self.output, fake_table(), 4, 2))
@@ -106,12 +108,75 @@ def test_parts_without_a_ledger_row_are_adopted_by_one_footer_each(
     assert not world.plan().adopted and len(world.plan().done) == 3
 
 
-def test_new_shards_are_added_and_removed_ones_forgotten(world: World) -> None:
+def test_new_shards_are_added_and_removed_ones_reported(world: World) -> None:
     world.work()
     (world.shards_folder / "added.tar").write_bytes(tar_bytes(sample_members(50, 1)))
     world.path(0).unlink()
     assert world.todo() == ["added.tar"]
     assert world.plan().num_shards == 3
+    assert [Path(row.shard).name for row in world.plan().removed] == ["made-000000.tar"]
+
+
+def test_one_line_says_why_each_shard_is_to_be_done(tmp_path: Path) -> None:
+    world = World(tmp_path, (1, 1, 1, 1, 1, 1))
+    assert world.plan().describe() == "6 shards: 0 done, 6 new"
+    world.work(only=5)
+    task = ShardTask(listed(world.path(1)), world.part(1).name)
+    Ledger(world.output).append([quarantine(world.output, task, FailureReason.SHARD_TRUNCATED, "cut", 3)])
+    world.path(2).write_bytes(tar_bytes(sample_members(60, 5)))
+    world.part(3).unlink()
+    world.path(4).unlink()
+    plan = world.plan()
+    assert plan.describe() == (
+        "5 shards: 1 done, 1 new, 1 changed, 1 tried again, 1 without a good part; "
+        "1 removed from the input keep their parts (--prune drops them)"
+    )
+    assert plan.num_lost == 1
+
+
+def test_a_changed_shard_whose_new_bytes_fail_leaves_no_part_of_the_old_ones(world: World) -> None:
+    world.work()
+    world.path(1).write_bytes(b"no longer a tar")
+    (task,) = world.plan().todo
+    with pytest.raises(ShardTruncated):
+        world.work()
+    assert world.part(1).exists()  # until it is given up
+    Ledger(world.output).append([quarantine(world.output, task, FailureReason.SHARD_TRUNCATED, "cut", 3)])
+    assert not world.part(1).exists() and world.errors(1).exists()
+    assert "1 tried again" in world.plan().describe()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tokenizer_id": "another"},
+        {"grid": (1, 4)},
+        {"codebook_size": 512},
+        {"image_spec": ImageSpec(size=16, small="upscale").to_json()},
+        {"columns": (MetadataColumn("caption", "txt"),)},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_part_of_another_model_is_not_adopted_whatever_run_json_says(
+    world: World, other: dict[str, Any], is_listed: bool
+) -> None:
+    shard = listed(world.path(1))
+    storage.publish(str(world.part(1)), part_bytes(fake_table(**other), shard, [], np.empty((0, 4)), 0))
+    if not is_listed:
+        world.path(1).unlink()
+    plan = world.plan()
+    assert not plan.adopted and not plan.done and not plan.removed
+    if is_listed:
+        assert len(plan.todo) == 3 and "1 without a good part" in plan.describe()
+        world.work()
+        assert read_footer(str(world.part(1)))["num_rows"] == 2 and not world.todo()
+
+
+def test_a_part_under_another_ones_name_is_not_adopted(world: World) -> None:
+    world.work(write_ledger=False)
+    world.part(1).write_bytes(world.part(0).read_bytes())
+    assert world.todo() == ["made-000001.tar"]
 
 
 def test_a_shard_that_changed_is_done_anew_whether_or_not_the_ledger_knew_it(world: World) -> None:
@@ -208,7 +273,7 @@ def test_the_bytes_of_a_resumed_run_are_those_of_an_undisturbed_one(world: World
 def test_two_shards_of_one_part_name_are_refused(tmp_path: Path) -> None:
     shards = [ObjectInfo(f"https://me:secret@h/a.tar?sig={n}", 1, "e") for n in range(2)]
     with pytest.raises(RunMismatch, match=r"https://h/a\.tar and https://h/a\.tar would have the same part") as raised:
-        make_plan(shards, OutputPrefix(str(tmp_path)), Ledger(OutputPrefix(str(tmp_path))))
+        make_plan(shards, OutputPrefix(str(tmp_path)), Ledger(OutputPrefix(str(tmp_path))), fake_table())
     assert "secret" not in str(raised.value)
 
 
@@ -241,7 +306,7 @@ def test_a_plan_costs_a_few_listings_and_not_one_request_a_shard() -> None:
     done = zip(shards, names, strict=False)
     Ledger(output).append(ShardResult(s.url, 100, "e", ShardState.DONE, name, part_bytes=len(part)) for s, name in done)
     Counting.calls.clear()
-    plan = make_plan(shards, output, Ledger(output))
+    plan = make_plan(shards, output, Ledger(output), fake_table())
     MortalStore.fresh()
     assert (len(plan.done), len(plan.todo)) == (number // 2, number // 2)
     assert 0 < len(Counting.calls) < 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from fakes import FakeSource, LoadFault, RecordingSource, ShardFault
 from jobs.checkpoints import read_head
 from jobs.cluster import ClusterError
 from jobs.config import check
+from jobs.status import read_status
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
 from make_data import folder_bytes, sample_members, tar_bytes, write_checkpoint, write_shards
@@ -138,6 +140,38 @@ def test_growing_inputs_keep_the_names_of_finished_parts(checkpoint: Path, tmp_p
     assert run_tokenize(config, "dvae") == 0
     after = parts(tmp_path / "out")
     assert len(after) == 3 and before.items() <= after.items()
+
+
+def test_a_shard_that_is_gone_is_said_so_keeps_its_part_and_is_dropped_when_asked(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write_shards(tmp_path / "in", [3, 4])
+    config, manifest = settings(checkpoint, tmp_path / "in", tmp_path / "out"), tmp_path / "out" / "manifest.json"
+    assert run_tokenize(config, "dvae") == 0
+    (tmp_path / "in" / "made-000000.tar").unlink()
+    (tmp_path / "in" / "added.tar").write_bytes(tar_bytes(sample_members(50, 2)))
+    assert run_tokenize(config, "dvae") == 0
+    assert "plan: 2 shards: 1 done, 1 new; 1 removed from the input keep their parts" in caplog.text
+    said = capsys.readouterr().out
+    assert "2 of 2 shards · 6 images" in said
+    assert "no longer in the input: 1 shard (made-000000.tar); what they gave is kept" in said and "--prune" in said
+    assert len(parts(tmp_path / "out")) == 3
+    assert [one["num_rows"] for one in json.loads(manifest.read_text())["removed"]] == [3]
+    status = read_status(OutputPrefix(str(tmp_path / "out")))
+    assert (status.num_done, status.num_shards, status.num_images, status.num_removed_images) == (2, 2, 6, 3)
+    assert [Path(shard).name for shard in status.removed] == ["made-000000.tar"]
+
+    assert run_tokenize(config, "dvae", prune=True) == 0
+    assert "dropped, no longer in the input: 1 shard (made-000000.tar)" in capsys.readouterr().out
+    assert len(parts(tmp_path / "out")) == 2 and json.loads(manifest.read_text())["removed"] == []
+    status = read_status(OutputPrefix(str(tmp_path / "out")))
+    assert (status.state, status.num_done, status.num_parts, status.removed) == ("complete", 2, 2, [])
+    (tmp_path / "in" / "made-000001.tar").unlink()
+    (tmp_path / "in" / "added.tar").unlink()
+    with pytest.raises(NoShardsMatched):  # a listing that gives nothing is no reason to drop all
+        run_tokenize(config, "dvae", prune=True)
+    assert len(parts(tmp_path / "out")) == 2
 
 
 def test_a_shard_cut_at_a_member_boundary_is_quarantined_and_the_others_are_finished(

@@ -248,7 +248,7 @@ def mortal_run(shard_bytes: bytes, *, stale_errors: bool) -> tuple[ShardTask, Ca
 
     def run() -> None:
         with worker(output.url) as one:
-            for task in make_plan([shard], output, Ledger(output)).todo:
+            for task in make_plan([shard], output, Ledger(output), fake_table(columns=(CAPTION,))).todo:
                 one.tokenize(task)
 
     MortalStore.alive()
