@@ -62,6 +62,8 @@ _TRANSPOSE = {
 }  # fmt: skip
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS decides
+# A damaged tag beside good pixels counts for nothing; Python would keep each new text of it for ever.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 Augment = Literal["none", "flip", "dalle"]
 Resample = Literal["lanczos", "bicubic", "box"]

@@ -53,20 +53,20 @@ def tar_members(
     """Members in order. Raises ShardTruncated when the tar or the object ends early, ShardDamaged when a header
     is not one or something other than zeros follows the end, ShardUnreadable when the store fails."""
     reader = _Reader(stream, shard)
-    overrides: dict[str, str] = {}
+    extended: dict[str, str] | None = None  # records for the next member
     while (block := reader.header_block()) is not None:
         header = _parse(block, shard.url)
         if header.type in b"xLKg" and header.type:
-            _extend(overrides, header, reader)
+            extended = _extended(extended, header, reader, shard.url)
             continue
-        header = _apply(header, overrides, shard.url)
-        overrides = {}
+        header = _apply(header, extended or {}, shard.url)
+        extended = None
         if header.type in _REGULAR or header.type in _LINKS or header.type in _DEVICES:
             yield _member(header, reader, wanted)
         elif header.type != _DIRECTORY:  # a directory has no data, whatever its size field says
             raise ShardDamaged(shard.url, f"member {header.name!r} has type {header.type!r}, not supported")
     reader.finish(require_end_marker)
-    if overrides:
+    if extended is not None:
         raise ShardDamaged(shard.url, "ends behind an extended header, whose member is missing")
 
 
@@ -206,21 +206,37 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", errors="backslashreplace")
 
 
-def _extend(overrides: dict[str, str], header: _Header, reader: _Reader) -> None:
-    """Take a long name or PAX records for the next member; global records name nothing that we use."""
+def _extended(before: dict[str, str] | None, header: _Header, reader: _Reader, url: str) -> dict[str, str] | None:
+    """What an extended header and those right before it say of the next member. A global one may say nothing that
+    we use, and no two may say the same: readers differ on whom to believe."""
     if header.size > MAX_EXTENDED_HEADER_BYTES:
-        reader.skip(header.size)
-        overrides["too_large"] = header.name
-        return
-    data = reader.data(header.size)
+        raise ShardDamaged(url, f"the extended header {header.name!r} has {header.size} bytes")
+    data = reader.data(header.size + -header.size % BLOCK)
     if header.type == b"L":
-        overrides["path"] = _text(data)
-    elif header.type == b"x":
-        overrides.update(_pax_records(data))
+        records = {"path": _long_name(data, header.size, url)}
+    else:
+        records = {} if header.type == b"K" else _pax_records(data[: header.size], url)
+    ours = {name for name in records if name in ("path", "size") or name.startswith("GNU.sparse.")}
+    if header.type == b"g":
+        if ours:
+            raise ShardDamaged(url, f"a global header sets {sorted(ours)} of all members, not supported")
+        return before
+    if before is not None and ours & before.keys():
+        raise ShardDamaged(url, f"two extended headers set {sorted(ours & before.keys())} of one member")
+    return {**(before or {}), **records}
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
-    """Records `length name=value\n`, whose length counts all of itself."""
+def _long_name(data: bytes, size: int, url: str) -> str:
+    """GNU's long name; `size` counts the zero at its end, which some writers leave out. Some readers go by the one and
+    some by the other."""
+    name = data.partition(b"\0")[0]
+    if not 0 < len(name) <= size:
+        raise ShardDamaged(url, f"a long name of {len(name)} bytes is said to have {size}")
+    return _text(name)
+
+
+def _pax_records(data: bytes, url: str) -> dict[str, str]:
+    """Records `length name=value\n`, whose length counts all of itself; the last of a name counts."""
     records: dict[str, str] = {}
     data, start = data.rstrip(b"\0"), 0
     while start < len(data):
@@ -228,18 +244,16 @@ def _pax_records(data: bytes) -> dict[str, str]:
         end = start + int(length) if space and length.isdigit() else start
         name, equals, value = data[start + len(length) + 1 : max(0, end - 1)].partition(b"=")
         if not equals or data[end - 1 : end] != b"\n":
-            return {**records, "damaged": "1"}
+            raise ShardDamaged(url, f"the record at byte {start} of an extended header cannot be read")
         records[name.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         start = end
     return records
 
 
-def _apply(header: _Header, overrides: dict[str, str], url: str) -> _Header:
-    if "damaged" in overrides or "too_large" in overrides:
-        raise ShardDamaged(url, f"the extended header of {header.name!r} cannot be read")
-    if any(name.startswith("GNU.sparse.") for name in overrides):
+def _apply(header: _Header, extended: dict[str, str], url: str) -> _Header:
+    if any(name.startswith("GNU.sparse.") for name in extended):
         raise ShardDamaged(url, f"member {header.name!r} is sparse, not supported")
-    size = overrides.get("size", str(header.size))
+    size = extended.get("size", str(header.size))
     if not (size.isascii() and size.isdigit() and len(size) < 20):
         raise ShardDamaged(url, f"member {header.name!r} has size {size!r}")
-    return _Header(overrides.get("path") or header.name, int(size), header.type)
+    return _Header(extended.get("path") or header.name, int(size), header.type)

@@ -230,6 +230,40 @@ def test_an_extended_header_without_its_member_is_an_error(type: bytes) -> None:
         read(data)
 
 
+def test_an_extended_header_without_records_wants_its_member_too() -> None:
+    data = bytes(header("pax", 0, b"x")) + END
+    with pytest.raises(ShardDamaged, match="member is missing"):
+        read(data)
+
+
+@pytest.mark.parametrize("second", [b"x", b"L"])
+def test_two_extended_headers_that_name_one_member_are_refused_for_readers_differ_on_them(second: bytes) -> None:
+    """tarfile believes the first, others the second; a sample must not depend on that."""
+    pax = bytes(header("pax", 14, b"x")) + padded(b"14 path=a.jpg\n")
+    data = b"b.jpg" if second == b"L" else b"14 path=b.jpg\n"
+    again = bytes(header("again", len(data), second)) + padded(data)
+    with pytest.raises(ShardDamaged, match=r"two extended headers set .'path'."):
+        read(pax + again + LAST + END)
+    times = bytes(header("pax", 12, b"x")) + padded(b"12 mtime=77\n")
+    assert [m.name for m in read(times + again + LAST + END)] == ["b.jpg"]
+
+
+@pytest.mark.parametrize(("size", "data"), [(0, b"long.jpg"), (1, b"long.jpg"), (4, b"\0\0\0\0"), (0, b"")])
+def test_a_long_name_whose_size_is_another_is_refused_for_readers_differ_on_it(size: int, data: bytes) -> None:
+    with pytest.raises(ShardDamaged, match="long name"):
+        read(bytes(header("long", size, b"L")) + padded(data) + LAST + END)
+    for size in (8, 9):  # with and without the zero at its end
+        (member,) = read(bytes(header("long", size, b"L")) + padded(b"long.jpg") + LAST + END)
+        assert member.name == "long.jpg"
+
+
+@pytest.mark.parametrize("record", [b"10 size=4\n", b"14 path=a.jpg\n", b"22 GNU.sparse.major=1\n"])
+def test_a_global_header_that_names_or_measures_members_is_refused(record: bytes) -> None:
+    """POSIX has it count for all members that follow; nobody writes that, so it is damage or malice."""
+    with pytest.raises(ShardDamaged, match="global header"):
+        read(bytes(header("pax", len(record), b"g")) + padded(record) + LAST + END)
+
+
 def test_sparse_members_are_refused_by_name() -> None:
     with pytest.raises(ShardDamaged, match=r"holes\.jpg.*S"):
         read(bytes(header("holes.jpg", 0, tarfile.GNUTYPE_SPARSE)) + LAST + END)
