@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install demo test test-all check clean
+.PHONY: help install demo demo-cluster test test-all check clean
 
 help:
 	@echo "make demo      photographs -> shards -> training -> tokens -> pictures, in ./demo-output"
+	@echo "make demo-cluster  the same through a Ray Jobs server and an S3 server of this machine, in ./demo-cluster"
 	@echo "make test      all tests but the slow ones;  make test-all: those too"
 	@echo "make check     ruff, mypy and the quick tests"
 	@echo "make install   just make .venv with .venv/bin/dvae in it"
@@ -24,6 +25,9 @@ $(READY): pyproject.toml infra/constraints.txt
 
 demo: $(READY)
 	$(BIN)/dvae demo
+
+demo-cluster: $(READY)
+	$(BIN)/dvae demo --cluster
 
 test: $(READY)
 	$(BIN)/pytest

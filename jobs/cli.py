@@ -90,12 +90,13 @@ def show(
 
 @app.command()
 def demo(
-    folder: Annotated[str, typer.Option("--dir", help="where everything lands")] = "demo-output",
+    folder: Annotated[str | None, typer.Option("--dir", help="where everything lands")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="on a Ray cluster and an S3 server of its own")] = False,
 ) -> int:
     """Photographs -> shards -> training -> tokens -> queries and pictures, on this machine."""
     from jobs.demo import run_demo
 
-    return run_demo(folder)
+    return run_demo(folder or ("demo-cluster" if cluster else "demo-output"), on_cluster=cluster)
 
 
 @app.command()

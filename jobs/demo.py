@@ -1,7 +1,7 @@
 """`dvae demo`: photographs -> tiles -> shards -> training -> tokens -> queries, pictures and a page that checks itself.
 
-Everything lands in one folder; running it again goes on where it stopped. The training and the tokenising are those
-of `dvae train` and `dvae tokenize`.
+Everything lands in one folder; running it again goes on where it stopped. demo_sites.py says where the data lies and
+the jobs run.
 """
 
 from __future__ import annotations
@@ -9,31 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from jobs import demo_images
-from jobs.config import Section, load_config
 from jobs.contact_sheet import contact_sheet_png
 from jobs.demo_checks import check_all, look_at_held_out, read_rows
 from jobs.demo_damage import ODD_FILES, make_odd_files
 from jobs.demo_images import make_tiles
 from jobs.demo_queries import ask
 from jobs.demo_report import QUERIES, Results, make_report, reading_lines, shown_rows
+from jobs.demo_sites import Here, OnCluster, Site, local_cluster
 from jobs.report_page import Check, render
 from jobs.show import load_matching_tokenizer
-from jobs.tokenize_config import TokenizeConfig
-from jobs.tokenize_dataset import run_tokenize
-from jobs.train_config import TrainConfig
-from jobs.train_dvae import run_training
 from jobs.train_output import TrainOutput
 from pipeline import storage
 from pipeline.errors import PipelineError
@@ -41,8 +38,6 @@ from pipeline.output import OutputPrefix, listed, read_run
 from pipeline.pack import PackSummary, pack
 
 SHARD_SAMPLES = 400
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-Settings = TypeVar("Settings", bound=Section)
 
 
 class DemoError(PipelineError):
@@ -88,42 +83,64 @@ class Clock:
         self._folder.write_json("times.json", {**self._kept, **self.seconds})
 
 
-def run_demo(folder: str) -> int:
+def run_demo(folder: str, *, on_cluster: bool = False) -> int:
     """The whole journey. Exit code 0: all checks passed; 1: one failed, or a job was incomplete; 130: stopped."""
     console = Console(soft_wrap=True, highlight=False)
-    place, again = open_folder(folder), shlex.join(["dvae", "demo", "--dir", folder])
+    place = open_folder(folder, on_cluster=on_cluster)
+    again = shlex.join(["dvae", "demo", *(["--cluster"] if on_cluster else []), "--dir", folder])
+    if not on_cluster:
+        return journey(place, Here(str(place.path), again), console)
+    with local_cluster(place.path / "cluster") as site:
+        console.print(f"an S3 server with the bucket {site.root}, and Ray at {site.dashboard}")
+        code = journey(place, site, console)
+        _leave_open(site, console)
+    return code
+
+
+def _leave_open(site: OnCluster, console: Console) -> None:
+    """Somebody who sits there may look into the bucket before it goes."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        console.print("\n[bold]The servers run until you press Enter.[/] In another terminal:")
+        console.print("  export " + " ".join(f"{name}={value}" for name, value in site.client.items()), markup=False)
+        with suppress(EOFError):
+            input()
+
+
+def journey(place: DemoFolder, site: Site, console: Console) -> int:
     clock = Clock(place, console)
     with clock.part("tiles", "1. Photographs into tiles", done=(place.path / "images.json").exists()):
         console.print(make_images(place))
-    with clock.part("packing", "2. Tiles into WebDataset shards", done=_is_file(place, "shards/damaged.pack.json")):
-        packed = [pack_images(place, split, console) for split in ("train", "heldout", "damaged")]
-    training = settings(TrainConfig, "demo_train.yaml", place, _train_places)
-    with clock.part("training", "3. Training on Ray", done=_is_file(place, "training/model/checkpoint.json")):
-        code = run_training(training, again)
+    done = storage.exists(storage.join(site.shards, "damaged.pack.json"))
+    with clock.part("packing", "2. Tiles into WebDataset shards", done=done):
+        packed = [pack_images(place, site, split, console) for split in ("train", "heldout", "damaged")]
+    done = storage.exists(storage.join(site.training, "model", "checkpoint.json"))
+    with clock.part("training", "3. Training on Ray", done=done):
+        code = site.train()
     if code:
         return code
-    tokenizing = settings(TokenizeConfig, "demo_tokenize.yaml", place, _tokenize_places)
-    with clock.part("tokenising", "4. Tokenising through Ray actors", done=_is_file(place, "tokenised/manifest.json")):
-        code = run_tokenize(tokenizing, again)
+    done = storage.exists(storage.join(site.tokenised, "manifest.json"))
+    with clock.part("tokenising", "4. Tokenising through Ray actors", done=done):
+        code = site.tokenize()
     if code:
         return code
     with clock.part("looking", "5. Looking at the result"):
-        results = look(place, sum(one.num_images for one in packed), clock)
-    return conclude(place, results, console)
+        results = look(site, sum(one.num_images for one in packed), clock)
+    return conclude(place, site, results, console)
 
 
-def open_folder(folder: str) -> DemoFolder:
+def open_folder(folder: str, *, on_cluster: bool = False) -> DemoFolder:
     """Claim the folder, or go on with a demo's. Raises DemoError when it holds something else."""
     if set(folder) & set("*?[]{}"):
         raise DemoError(f"--dir {folder!r} would be read as a pattern; name a folder without any of * ? [ ] {{ }}")
     place = DemoFolder(Path(folder))
-    made_of = {"kind": "dvae demo", "tiles": _recipe(), "at": str(place.path.resolve())}  # tokens name their shards
+    kind = "dvae demo --cluster" if on_cluster else "dvae demo"
+    made_of = {"kind": kind, "tiles": _recipe(), "at": str(place.path.resolve())}  # tokens name their shards
     if place.path.exists() and (not place.path.is_dir() or any(place.path.iterdir())):
         found = place.read_json("demo.json") if place.path.is_dir() else None
         if found is None:
             raise DemoError(f"{folder} is there and is no demo's; name another folder with --dir")
         if found != made_of:
-            raise DemoError(f"{folder} is of another version of the demo, or was moved; remove it or name another")
+            raise DemoError(f"{folder} is of another version or kind of demo, or was moved; remove it or name another")
     place.write_json("demo.json", made_of)
     return place
 
@@ -149,50 +166,26 @@ def make_images(place: DemoFolder) -> str:
     )
 
 
-def pack_images(place: DemoFolder, split: str, console: Console) -> PackSummary:
-    summary = pack(place.path / "images" / split, place.at("shards"), shard_samples=SHARD_SAMPLES, prefix=split)
+def pack_images(place: DemoFolder, site: Site, split: str, console: Console) -> PackSummary:
+    summary = pack(place.path / "images" / split, site.shards, shard_samples=SHARD_SAMPLES, prefix=split)
     reused = f", {summary.num_reused} of them there already" if summary.num_reused else ""
     shards = f"{len(summary.shard_urls)} shards{reused}, {summary.packed_bytes / 1e6:.1f} MB"
     console.print(f"{split}: {summary.num_images:,} images in {shards}")
     return summary
 
 
-def settings(
-    kind: type[Settings], name: str, place: DemoFolder, places: Callable[[DemoFolder, Settings], dict[str, Any]]
-) -> Settings:
-    """A configuration of the demo, with its URLs below the demo's folder."""
-    if not (CONFIGS / name).exists():
-        raise DemoError(f"{CONFIGS / name} is not there: the demo runs from a checkout of the repository")
-    config = load_config(kind, str(CONFIGS / name))
-    return config.model_copy(update=places(place, config))
-
-
-def _train_places(place: DemoFolder, config: TrainConfig) -> dict[str, Any]:
-    shards = {"train_shards": [place.at("shards", "train-*.tar")], "val_shards": [place.at("shards", "heldout-*.tar")]}
-    return {"output": place.at("training"), "data": config.data.model_copy(update=shards)}
-
-
-def _tokenize_places(place: DemoFolder, config: TokenizeConfig) -> dict[str, Any]:
-    shards = [place.at("shards", "*.tar")]
-    return {"checkpoint": place.at("training"), "shards": shards, "output": place.at("tokenised")}
-
-
-def _is_file(place: DemoFolder, name: str) -> bool:
-    return (place.path / name).exists()
-
-
-def look(place: DemoFolder, num_packed: int, clock: Clock) -> Results:
+def look(site: Site, num_packed: int, clock: Clock) -> Results:
     """Measure the held-out tiles from their stored tokens, and check every claim."""
-    output = OutputPrefix(storage.normalize(place.at("tokenised")))
+    output = OutputPrefix(storage.normalize(site.tokenised))
     run = read_run(output) or {}
-    decoder = load_matching_tokenizer(run, place.at("training"), output.url)
+    decoder = load_matching_tokenizer(run, site.training, output.url)
     rows = read_rows(output)
     held_out = look_at_held_out(output, run, rows, decoder)
-    metrics = TrainOutput(storage.normalize(place.at("training"))).read_metrics()
+    metrics = TrainOutput(storage.normalize(site.training)).read_metrics()
     evaluations = tuple(line for line in metrics if line["kind"] == "eval")
     return Results(
-        output=place.at("tokenised"),
-        training=place.at("training"),
+        output=site.tokenised,
+        training=site.training,
         run=run,
         rows=tuple(rows),
         held_out=held_out,
@@ -204,14 +197,14 @@ def look(place: DemoFolder, num_packed: int, clock: Clock) -> Results:
     )
 
 
-def conclude(place: DemoFolder, results: Results, console: Console) -> int:
+def conclude(place: DemoFolder, site: Site, results: Results, console: Console) -> int:
     """Write the pictures and the page, print tables, checks, and how to go on."""
     storage.publish(place.at("heldout.png"), _sheet(results))
     storage.publish(place.at("report.html"), render(make_report(results)).encode())
     for title, query, _ in QUERIES:
         _print_answer(console, title, results.output, query)
     _print_checks(console, results.checks)
-    _print_what_is_where(console, place, results)
+    _print_what_is_where(console, place, site, results)
     return 0 if all(check.passed for check in results.checks) else 1
 
 
@@ -243,16 +236,16 @@ def _print_checks(console: Console, checks: tuple[Check, ...]) -> None:
         console.print(f"{verdict}  {escape(check.claim)}: {escape(check.found)}")
 
 
-def _print_what_is_where(console: Console, place: DemoFolder, results: Results) -> None:
+def _print_what_is_where(console: Console, place: DemoFolder, site: Site, results: Results) -> None:
     console.print("\n[bold]What was made[/]")
-    for name, what in (
-        ("report.html", "the page: open it in a browser"),
-        ("heldout.png", "held-out tiles, original and from tokens"),
-        ("shards", "the packed images"),
-        ("training", "checkpoints, metrics, pictures and the model"),
-        ("tokenised", "tokens/ and errors/ as Parquet, and what the run promised"),
+    for where, what in (
+        (place.at("report.html"), "the page: open it in a browser"),
+        (place.at("heldout.png"), "held-out tiles, original and from tokens"),
+        (site.shards, "the packed images"),
+        (site.training, "checkpoints, metrics, pictures and the model"),
+        (site.tokenised, "tokens/ and errors/ as Parquet, and what the run promised"),
     ):
-        console.print(f"  {escape(place.at(name))}: {what}")
+        console.print(f"  {escape(where)}: {what}")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results.seconds.items())
     console.print(f"  {spent}; {sum(results.seconds.values()):.0f} s in all")
     console.print("\n[bold]Read the tokens[/]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import storage
 from pipeline.errors import PipelineError
 
 MOST_USED = """\
@@ -44,6 +45,8 @@ def ask(output: str, query: str) -> Answer:
         raise PipelineError("the demo's queries need DuckDB: pip install 'dvae-ray[demo]'") from error
     sql = query.format(tokens=_files(output, "tokens"), errors=_files(output, "errors"))
     with duckdb.connect() as connection:
+        if not storage.is_local(output):
+            connection.register_filesystem(storage.filesystem(output)[0])
         result = connection.execute(sql)
         columns = tuple(str(column[0]) for column in result.description or ())
         return Answer(sql, columns, tuple(tuple(row) for row in result.fetchall()))

@@ -15,6 +15,7 @@ from jobs.demo_queries import CAPTIONS, ERRORS, MOST_USED, Answer, ask
 from jobs.report_charts import Series, bar_chart, line_chart
 from jobs.report_page import Chart, Check, Figure, Report, Snippet, Table, TilePair
 from jobs.show import Row
+from pipeline import storage
 from pipeline.pictures import draw_pair, encode_png
 
 QUERIES = (
@@ -82,8 +83,9 @@ def reading_lines(output: str) -> tuple[Snippet, ...]:
     """How a person reads the tokens: a line for each library, to be pasted as it is."""
     files = f"{output}/tokens/*.parquet"
     query, head = f"SELECT key, caption, tokens FROM '{files}' LIMIT 5", "head(5)"
+    store = "" if storage.is_local(output) else 'import fsspec; duckdb.register_filesystem(fsspec.filesystem("s3")); '
     return (
-        Snippet("DuckDB", f'import duckdb; print(duckdb.sql("{query}"))'),
+        Snippet("DuckDB", f'import duckdb; {store}print(duckdb.sql("{query}"))'),
         Snippet(
             "Polars", f'import polars; print(polars.scan_parquet("{files}").select("key", "tokens").{head}.collect())'
         ),

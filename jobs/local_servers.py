@@ -107,6 +107,7 @@ class S3Server(_Server):
             "AWS_SECRET_ACCESS_KEY": "not-a-secret",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": self._endpoint,
+            "AWS_ALLOW_HTTP": "true",  # Polars asks for it
         }
         super().__init__("SeaweedFS", command, folder / "log", environment)
 

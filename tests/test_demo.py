@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import demo, demo_checks, demo_images
+from jobs import demo_checks, demo_images, demo_sites
 from jobs.checkpoints import TokenizerSource, read_head
 from jobs.demo import DemoError, open_folder, run_demo
 from jobs.demo_damage import ODD_FILES, bomb_png, make_odd_files
@@ -215,8 +215,8 @@ def tokenize_here(config: TokenizeConfig, command: str) -> int:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run_training", train_nothing)
-    monkeypatch.setattr(demo, "run_tokenize", tokenize_here)
+    monkeypatch.setattr(demo_sites, "run_training", train_nothing)
+    monkeypatch.setattr(demo_sites, "run_tokenize", tokenize_here)
 
 
 @pytest.mark.usefixtures("few_tiles", "without_ray")
@@ -256,7 +256,7 @@ def test_a_lost_row_makes_the_demo_fail(
     lost = next((folder / "tokenised" / "tokens").glob("damaged-*"))
     lost.unlink()
     capsys.readouterr()
-    monkeypatch.setattr(demo, "run_tokenize", lambda config, command: 0)
+    monkeypatch.setattr(demo_sites, "run_tokenize", lambda config, command: 0)
     assert run_demo(str(folder)) == 1
     said = capsys.readouterr().out
     assert "FAILED  token rows + error rows = images packed" in said
@@ -277,6 +277,6 @@ def test_a_half_finished_demo_goes_on(tmp_path: Path) -> None:
 def test_a_job_that_ends_badly_ends_the_demo_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_images, "PHOTOS", FEW_PHOTOS)
     monkeypatch.setattr(demo_images, "STRIDE_PX", 64)
-    monkeypatch.setattr(demo, "run_training", lambda config, command: 130)
+    monkeypatch.setattr(demo_sites, "run_training", lambda config, command: 130)
     assert run_demo(str(tmp_path / "demo")) == 130
     assert not (tmp_path / "demo" / "tokenised").exists()
