@@ -67,28 +67,27 @@ def tokenize(
 
 
 @app.command()
+def retry(
+    output: Annotated[str, typer.Argument(help="output of dvae tokenize")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings on top of those of the run", metavar="[KEY=VALUE]...")
+    ] = None,
+    whole_shards: Annotated[
+        bool, typer.Option("--whole-shards", help="also try what cannot be fetched as a single image")
+    ] = False,
+) -> int:
+    """Try again what failed in a tokenising run, and only that."""
+    from jobs.retry_failed import run_retry
+
+    return run_retry(output, overrides or (), _command(), whole_shards=whole_shards)
+
+
+@app.command()
 def status(output: Annotated[str, typer.Argument(help="output of dvae tokenize")], as_json: AsJson = False) -> int:
     """How far a tokenising run is, how fast, what failed and why. Reads storage only."""
     from jobs.status import run_status
 
     return run_status(output, as_json=as_json)
-
-
-@app.command()
-def verify(
-    output: Annotated[str, typer.Argument(help="output of dvae tokenize")],
-    quick: Annotated[bool, typer.Option("--quick", help="read footers and listings only")] = False,
-    rebuild_ledger: Annotated[
-        bool, typer.Option("--rebuild-ledger", help="make the ledger again from the parts and the errors files")
-    ] = False,
-    as_json: AsJson = False,
-) -> int:
-    """Is every image accounted for, and every file? Exit code 0: all is there and right."""
-    from jobs.verify import run_verify
-
-    if quick and rebuild_ledger:
-        raise typer.BadParameter("a ledger is made from every byte of the parts: leave out --quick")
-    return run_verify(output, as_json=as_json, quick=quick, rebuild=rebuild_ledger)
 
 
 @app.command()

@@ -26,6 +26,7 @@ class Closing:
     totals: Totals
     rows: Sequence[ShardResult]
     removed: Sequence[ShardResult]
+    num_left: int = 0  # shards without a result, which this driver left alone
 
     @property
     def lost(self) -> str | None:
@@ -49,6 +50,7 @@ class Closing:
 
     def tell(self, say: Callable[[str], object], command: str) -> int:
         """The closing lines; the exit code. `command` is the line to run again."""
+        code = 1 if self.lost or self.failed or self.num_left else 0
         totals, lost, failed, url = self.totals, self.lost, self.failed, escape(self.output_url)
         say(
             f"{totals.num_done:,} of {self.num_shards:,} shards · {totals.num_rows:,} images tokenised · "
@@ -60,9 +62,11 @@ class Closing:
             say(f"[red]over budget[/]: {escape(failed)}; accept that with max_failed_samples={totals.failed_share:.4f}")
         if lost:
             say(f"[red]incomplete[/]: {escape(lost)}; to try those again:\n  {escape(command)}")
+        if self.num_left:
+            say(f"[red]incomplete[/]: {self.num_left:,} shards are not tokenised yet: go on with dvae tokenize")
         if lost or failed:
             say(f"what failed and why: dvae status {url}")
-        return 1 if lost or failed else 0
+        return code
 
 
 def removed_line(removed: Sequence[ShardResult]) -> str:

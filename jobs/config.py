@@ -46,12 +46,21 @@ Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 def load_config(kind: type[Settings], path: str | None, overrides: Sequence[str] = ()) -> Settings:
     """The settings of `path` with `key.sub=value` overrides on top. Raises ConfigError."""
     values = OmegaConf.create({}) if path is None else _read(path)
+    return _merged(kind, values, overrides, path or "the command line")
+
+
+def with_overrides(kind: type[Settings], values: dict[str, Any], overrides: Sequence[str], source: str) -> Settings:
+    """As `load_config`, of values that `source` holds. Raises ConfigError."""
+    return _merged(kind, OmegaConf.create(values), overrides, source)
+
+
+def _merged(kind: type[Settings], values: DictConfig, overrides: Sequence[str], source: str) -> Settings:
     try:
         merged = OmegaConf.merge(values, *(_parsed(override) for override in overrides))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path or 'overrides'}: {error}") from error
-    return check(kind, plain, path or "the command line")
+        raise ConfigError(f"{source}: {error}") from error
+    return check(kind, plain, source)
 
 
 def check(kind: type[Settings], values: Any, source: str) -> Settings:

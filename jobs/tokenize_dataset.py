@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from pipeline import storage
 from pipeline.errors import PipelineError
 from pipeline.ledger import Ledger
 from pipeline.manifest import Totals, write_manifest
-from pipeline.plan import Plan, make_plan, record_plan
+from pipeline.plan import Plan, collector_paused, make_plan, record_plan
 from pipeline.prune import drop_removed
 from pipeline.records import ShardResult, ShardState
 from pipeline.shard_patterns import expand
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 LEDGER_EVERY_S = 10.0
 LEDGER_EVERY_ROWS = 1000
 INTERRUPTED = 130
+Keep = Callable[["GivenUp"], ShardResult | None]
 
 
 def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = None, *, prune: bool = False) -> int:
@@ -39,9 +41,11 @@ def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = N
     `prune`: drop what earlier runs made of shards that the input has no longer.
     Raises PipelineError or ModelError when nothing was started."""
     run = TokenizeRun.of(config)
-    shards = expand(config.shards)
+    with collector_paused():
+        shards = expand(config.shards)
     with held(run) as ledger:
-        plan = make_plan(shards, run.output, ledger, run.table)
+        with collector_paused():
+            plan = make_plan(shards, run.output, ledger, run.table)
         del shards  # the plan has them
         log.info("plan: %s", plan.describe())
         session = Session(run, ledger, _pruned(run, ledger, plan) if prune else plan)
@@ -59,10 +63,11 @@ def _pruned(run: TokenizeRun, ledger: Ledger, plan: Plan) -> Plan:
 class Session:
     """One driver's work on one output, from its plan to its manifest."""
 
-    def __init__(self, run: TokenizeRun, ledger: Ledger, plan: Plan) -> None:
+    def __init__(self, run: TokenizeRun, ledger: Ledger, plan: Plan, keep: Keep = lambda given_up: None) -> None:
+        """`keep`: the row that a shard has all the same when it is given up; None quarantines it."""
         self._run, self._config, self._output = run, run.config, run.output
-        self._ledger, self._plan = ledger, plan
-        self._rows = list(plan.done)
+        self._ledger, self._plan, self._keep = ledger, plan, keep
+        self.rows = list(plan.done)
         self._totals = Totals.of(plan.done)
         self._unwritten = list(plan.adopted)
         self._written_at = time.monotonic()
@@ -75,7 +80,8 @@ class Session:
         record_plan(self._output, self._plan, self._config.public_settings())
         if not self._plan.todo:
             self._flush(force=True)
-            self._console.print("[green]nothing to do[/]: every shard has its part")
+            whole = self._totals.num_done == self._plan.num_shards
+            self._console.print("[green]nothing to do[/]" + (": every shard has its part" if whole else ""))
             return self._conclude(command)
         try:
             try:
@@ -93,9 +99,9 @@ class Session:
         return self._conclude(command)
 
     def _say_stopped(self, how: str, command: str) -> None:
-        left = self._plan.num_shards - len(self._rows)
+        left = self._plan.num_shards - len(self.rows)
         say = self._console.print
-        say(f"[yellow]{escape(how)}[/]: {len(self._rows):,} shards are done, {left:,} are left; go on with")
+        say(f"[yellow]{escape(how)}[/]: {len(self.rows):,} shards are done, {left:,} are left; go on with")
         say(f"  {escape(command)}")
 
     def _tokenize(self, source: Source) -> None:
@@ -119,13 +125,16 @@ class Session:
 
     def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
         if not isinstance(outcome, ShardResult):
-            work = outcome.work
-            outcome = quarantine(self._output, work.task, outcome.reason, outcome.message, work.charged)
-        self._rows.append(outcome)
+            outcome = self._keep(outcome) or self._quarantine(outcome)
+        self.rows.append(outcome)
         self._unwritten.append(outcome)
         self._totals, self._num_new = self._totals.plus(outcome), self._num_new + 1
         self._flush()
         return outcome
+
+    def _quarantine(self, given_up: GivenUp) -> ShardResult:
+        work = given_up.work
+        return quarantine(self._output, work.task, given_up.reason, given_up.message, work.charged)
 
     def _flush(self, *, force: bool = False) -> None:
         """A kill before this costs one footer read a shard at the next plan, no work."""
@@ -140,9 +149,11 @@ class Session:
         return f"{totals.num_rows:,} images, {rate:,.0f} images/s, {totals.num_failed:,} failed"
 
     def _conclude(self, command: str) -> int:
-        plan, rows = self._plan, self._rows
-        closing = Closing(self._config, self._output.url, plan.num_shards, self._totals, rows, plan.removed)
-        if not closing.lost:
+        plan, rows = self._plan, self.rows
+        closing = Closing(
+            self._config, self._output.url, plan.num_shards, self._totals, rows, plan.removed, plan.num_left
+        )
+        if not closing.lost and not plan.num_left:
             write_manifest(self._output, self._run.table, rows, plan.removed)
         return closing.tell(self._console.print, command)
 

@@ -27,13 +27,8 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def temporaries(folder: Path) -> list[Path]:
-    """What killed writers left, and what those at work are writing."""
-    return sorted(folder.rglob(".*.tmp"))
-
-
 def remove_temporaries(folder: Path) -> None:
-    for path in temporaries(folder):
+    for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 

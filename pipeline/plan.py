@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -41,19 +43,21 @@ class Why(StrEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """`todo` and `done` together are all the shards listed. `removed`: shards of earlier runs that are listed no
+    """`todo` and `done` are together all the shards listed. `removed`: shards of earlier runs that are listed no
     longer, as the ledger has them. `adopted` are those of `done` and `removed` whose part was there without a row
-    in the ledger, or newer than it (a kill in between)."""
+    in the ledger, or newer than it (a kill in between). `num_left`: shards of the run that this driver leaves alone,
+    which have no result yet (in a retry)."""
 
     todo: tuple[ShardTask, ...]
     done: tuple[ShardResult, ...]
     adopted: tuple[ShardResult, ...]
     removed: tuple[ShardResult, ...] = ()
     todo_by_reason: Mapping[Why, int] = field(default_factory=dict)
+    num_left: int = 0
 
     @property
     def num_shards(self) -> int:
-        return len(self.todo) + len(self.done)
+        return len(self.todo) + len(self.done) + self.num_left
 
     @property
     def num_lost(self) -> int:
@@ -67,6 +71,19 @@ class Plan:
         kept = f"; {len(self.removed):,} removed from the input keep their parts (--prune drops them)"
         counts = ", ".join([f"{len(self.done):,} done{adopted}", *todo])
         return f"{self.num_shards:,} shards: {counts}" + (kept if self.removed else "")
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Inside, Python's collector of cycles rests: a plan makes millions of objects and no cycle, and looking at all of
+    them again and again took a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def make_plan(shards: Iterable[ObjectInfo], output: OutputPrefix, ledger: Ledger, table: TableSpec) -> Plan:

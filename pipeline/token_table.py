@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.errors import StorageError
 from pipeline.metadata import MetadataColumn
-from pipeline.records import DecodedSample, ObjectInfo, SampleFailure
+from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFailure, Stage
 
 # B images, H W token rows and columns, N = H * W
 
@@ -23,7 +24,7 @@ SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 8192
 INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
 # Pages carry a checksum, so that flipped bytes are an error wherever a part is read, not other tokens.
-CHECKED_PARQUET = ds.ParquetFileFormat(
+_CHECKED_PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
 _ARROW_TYPES = {
@@ -70,15 +71,6 @@ class TableSpec:
             "image_spec": self.image_spec,
             "columns": [{"name": c.name, "from": c.source, "type": c.type} for c in self.columns],  # in their order
         }
-
-    @classmethod
-    def from_json(cls, run: Mapping[str, Any]) -> TableSpec:
-        """The other way round, of run.json. Raises ValueError when another version wrote it, KeyError, TypeError."""
-        if run["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"the tokens have schema {run['schema_version']}, this version knows {SCHEMA_VERSION}")
-        height, width = run["grid"]
-        columns = tuple(MetadataColumn(c["name"], c["from"], c["type"]) for c in run["columns"])
-        return cls(run["tokenizer_id"], (height, width), run["codebook_size"], run["image_spec"], columns)
 
 
 def token_schema(spec: TableSpec) -> pa.Schema:
@@ -206,7 +198,7 @@ def read_table(
         return pa.table({})
     fs = storage.filesystem(urls[0])[0]
     paths = [storage.filesystem(url)[1] for url in urls]
-    dataset = ds.dataset(paths, format=CHECKED_PARQUET, filesystem=fs)
+    dataset = ds.dataset(paths, format=_CHECKED_PARQUET, filesystem=fs)
     return dataset.to_table(columns=list(columns) if columns else None, filter=where)
 
 
@@ -225,6 +217,20 @@ def read_tokens(
         plain = table.drop_columns(["tokens"]).to_pylist()
         rows += [{**row, "tokens": tokens_N} for row, tokens_N in zip(plain, tokens_BN, strict=True)]
     return rows if limit is None else rows[:limit]
+
+
+def read_errors(url: str) -> list[SampleFailure]:
+    """What `errors_bytes` wrote. Raises StorageError when the file is damaged."""
+    try:
+        rows = read_table([url]).select(ERRORS_SCHEMA.names).to_pylist()
+        return [_failure(row) for row in rows]
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise StorageError(f"{storage.public_url(url)} is no whole errors file: {error}") from error
+
+
+def _failure(row: dict[str, Any]) -> SampleFailure:
+    stage, reason = Stage(row["stage"]), FailureReason(row["reason"])
+    return SampleFailure(row["key"], row["index"], row["offset"], row["size"], stage, reason, row["message"])
 
 
 def count_errors(urls: Sequence[str]) -> dict[str, int]:

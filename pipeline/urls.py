@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from pathlib import Path
 
+_QUERY = re.compile("[?#]")
 _URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
 
 
@@ -24,7 +24,7 @@ def public_url(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
-    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    host, slash, path = _QUERY.split(rest, maxsplit=1)[0].partition("/")
     if not scheme.startswith(("abfs", "wasb")):  # there it is container@account
         host = host.rpartition("@")[2]
     return f"{scheme}://{host}{slash}{path}"
@@ -40,7 +40,9 @@ def join(url: str, *names: str) -> str:
 
 
 def base_name(url: str) -> str:
-    return PurePosixPath(urlsplit(url).path if "://" in url else url).name
+    """The last name of its path. (A plan asks for millions: urllib and pathlib take ten times as long.)"""
+    path = public_url(url).partition("://")[2].partition("/")[2] if "://" in url else url
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def is_local(url: str) -> bool:

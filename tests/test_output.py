@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -65,6 +66,24 @@ def test_part_names_are_the_shards_own_and_safe_everywhere(url: str, stem: str) 
     name = part_name(url)
     assert re.fullmatch(re.escape(stem) + r"-[0-9a-f]{8}\.parquet", name)
     assert re.fullmatch(r"[A-Za-z0-9-][A-Za-z0-9._-]*", name), "readers of a folder pass over . and _"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("s3://bucket/a/b.tar", "b.tar"),
+        ("https://me:secret@host/a/b.tar?sig=x/y#z/w", "b.tar"),
+        ("s3://bucket/a/", "a"),
+        ("s3://bucket", ""),
+        ("https://host?x=/y", ""),
+        ("/local/a#b?c.tar", "a#b?c.tar"),
+        ("relative.tar", "relative.tar"),
+        ("/", ""),
+    ],
+)
+def test_the_base_name_of_a_url_is_the_last_of_its_path(url: str, name: str) -> None:
+    assert storage.base_name(url) == name
+    assert PurePosixPath(urlsplit(url).path if "://" in url else url).name == name
 
 
 def test_part_names_never_change() -> None:
