@@ -91,6 +91,23 @@ def status(output: Annotated[str, typer.Argument(help="output of dvae tokenize")
 
 
 @app.command()
+def verify(
+    output: Annotated[str, typer.Argument(help="output of dvae tokenize")],
+    quick: Annotated[bool, typer.Option("--quick", help="read footers and listings only")] = False,
+    rebuild_ledger: Annotated[
+        bool, typer.Option("--rebuild-ledger", help="make the ledger again from the parts and the errors files")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Is every image accounted for, and every file? Exit code 0: all is there and right."""
+    from jobs.verify import run_verify
+
+    if quick and rebuild_ledger:
+        raise typer.BadParameter("a ledger is made from every byte of the parts: leave out --quick")
+    return run_verify(output, as_json=as_json, quick=quick, rebuild=rebuild_ledger)
+
+
+@app.command()
 def show(
     output: Annotated[str, typer.Argument(help="output of dvae tokenize")],
     checkpoint: Annotated[str, typer.Option(help="the checkpoint that made the tokens")],

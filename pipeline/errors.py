@@ -15,6 +15,10 @@ class StorageError(PipelineError):
     """A URL cannot be read or written."""
 
 
+class Damaged(StorageError):
+    """An object was read, and is not what this project wrote there."""
+
+
 class NoShardsMatched(PipelineError):
     """A shard pattern matched no object."""
 

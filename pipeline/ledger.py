@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import Damaged, StorageError
 from pipeline.output import OutputPrefix
 from pipeline.records import ShardResult, ShardState
 
@@ -61,7 +61,15 @@ class Ledger:
 
     def _merge(self, segments: list[str]) -> None:
         """`segments` are the newest, or all: the merged rows come after every other."""
-        self._publish(list(_newest_rows(segments).values()))
+        self._put_in_place_of(segments, list(_newest_rows(segments).values()))
+
+    def rewrite(self, rows: Iterable[ShardResult]) -> None:
+        """These rows and no others, whatever state the segments are in. Killed in between, old rows that are not
+        among them stay."""
+        self._put_in_place_of(self._segments(), list(rows))
+
+    def _put_in_place_of(self, segments: list[str], rows: list[ShardResult]) -> None:
+        self._publish(rows)
         for url in segments:
             storage.remove(url)
         self._appended = []
@@ -109,7 +117,7 @@ def _read_segment(url: str) -> list[ShardResult]:
         table = pq.read_table(io.BytesIO(data), schema=LEDGER_SCHEMA, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         remedy = "remove it: the parts say again what it said"
-        raise StorageError(f"{storage.public_url(url)} is no segment of a ledger; {remedy} ({error})") from error
+        raise Damaged(f"{storage.public_url(url)} is no segment of a ledger; {remedy} ({error})") from error
     columns = {name: table[name].to_pylist() for name in LEDGER_SCHEMA.names}
     columns["state"] = [ShardState(state) for state in columns["state"]]
     return [ShardResult(*values) for values in zip(*columns.values(), strict=True)]

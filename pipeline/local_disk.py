@@ -27,8 +27,13 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """What killed writers left, and what those at work are writing."""
+    return sorted(folder.rglob(".*.tmp"))
+
+
 def remove_temporaries(folder: Path) -> None:
-    for path in folder.rglob(".*.tmp"):
+    for path in temporaries(folder):
         path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import NoRun, RunMismatch, StorageError
+from pipeline.errors import Damaged, NoRun, RunMismatch
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import SHARD_SUFFIXES
 from pipeline.token_table import TableSpec
@@ -93,7 +93,7 @@ def _has_results(output: OutputPrefix) -> bool:
 
 
 def read_run(output: OutputPrefix) -> dict[str, Any] | None:
-    """run.json, or None where there is none. Raises StorageError when it is damaged."""
+    """run.json, or None where there is none. Raises Damaged, StorageError."""
     return read_json(output.file("run.json"))
 
 
@@ -112,13 +112,13 @@ def read_manifest(output: OutputPrefix) -> dict[str, Any] | None:
 
 
 def read_json(url: str) -> dict[str, Any] | None:
-    """An object of JSON, or None where there is none. Raises StorageError when it is damaged."""
+    """An object of JSON, or None where there is none. Raises Damaged, StorageError."""
     try:
         return dict(json.loads(storage.read_bytes(url)))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise StorageError(f"{storage.public_url(url)} is damaged: {error}") from error
+        raise Damaged(f"{storage.public_url(url)} is damaged: {error}") from error
 
 
 def _mismatch(output: OutputPrefix, stored: dict[str, Any], run: RunDescription, accept_numerics: bool) -> str | None:

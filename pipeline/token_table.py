@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 8192
 INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
 # Pages carry a checksum, so that flipped bytes are an error wherever a part is read, not other tokens.
-_CHECKED_PARQUET = ds.ParquetFileFormat(
+CHECKED_PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
 _ARROW_TYPES = {
@@ -71,6 +71,15 @@ class TableSpec:
             "image_spec": self.image_spec,
             "columns": [{"name": c.name, "from": c.source, "type": c.type} for c in self.columns],  # in their order
         }
+
+    @classmethod
+    def from_json(cls, run: Mapping[str, Any]) -> TableSpec:
+        """The other way round, of run.json. Raises ValueError when another version wrote it, KeyError, TypeError."""
+        if run["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"the tokens have schema {run['schema_version']}, this version knows {SCHEMA_VERSION}")
+        height, width = run["grid"]
+        columns = tuple(MetadataColumn(c["name"], c["from"], c["type"]) for c in run["columns"])
+        return cls(run["tokenizer_id"], (height, width), run["codebook_size"], run["image_spec"], columns)
 
 
 def token_schema(spec: TableSpec) -> pa.Schema:
@@ -198,7 +207,7 @@ def read_table(
         return pa.table({})
     fs = storage.filesystem(urls[0])[0]
     paths = [storage.filesystem(url)[1] for url in urls]
-    dataset = ds.dataset(paths, format=_CHECKED_PARQUET, filesystem=fs)
+    dataset = ds.dataset(paths, format=CHECKED_PARQUET, filesystem=fs)
     return dataset.to_table(columns=list(columns) if columns else None, filter=where)
 
 

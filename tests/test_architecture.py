@@ -18,7 +18,7 @@ DOORS = {
     "fsspec": {"pipeline/storage.py"},
     "braceexpand": {"pipeline/shard_patterns.py"},
     "PIL": {"pipeline/images.py", "pipeline/pictures.py"},
-    "pyarrow": {"pipeline/token_table.py", "pipeline/ledger.py"},
+    "pyarrow": {"pipeline/token_table.py", "pipeline/part_check.py", "pipeline/ledger.py"},
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py"},
     "safetensors": {"model"},
