@@ -4,9 +4,10 @@ The policy, part of the image spec's version:
 the formats are those of FORMATS, told by content and not by name · EXIF orientation is applied · animations
 give their first frame · alpha (also palettes with a transparent colour) is laid over white · CMYK, YCbCr, LAB,
 palette, grey and 1-bit are converted by Pillow without colour profiles · 16-bit grey is scaled to 8 bits with
-rounding · 32-bit integer and float images are refused · an image of more than MAX_PIXELS is refused before it is
-decoded, or enlarged · a truncated image is refused, never filled up · a shorter side under the target is refused
-or enlarged, as the spec says.
+rounding, 16-bit colour keeps its upper 8 bits · 32-bit integer and float images are refused · an image of more than
+MAX_PIXELS is refused before it is decoded, or enlarged · a truncated image is refused, never filled up, even where its
+end marker was put back (jpeg.py) · a PNG whose pixels don't match their checksum is refused (png.py) · a shorter side
+under the target is refused or enlarged, as the spec says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from pipeline import jpeg, png
 from pipeline.records import FailureReason
 
 # H W pixel rows and columns, C channels
@@ -153,22 +155,31 @@ def _dalle_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDAr
 
 def open_rgb(data: bytes) -> Image.Image:
     """The first frame, upright, as RGB over white. Raises SampleError."""
+    image = _opened(data)
+    _refuse_bomb(image.width, image.height)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return _to_rgb(_upright(image))
+    except _DAMAGED as error:
+        raise _undecodable(error) from error
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The image by its header, pixels not yet decoded. Raises SampleError."""
+    try:
+        return Image.open(io.BytesIO(_checked(data)), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise SampleError(FailureReason.NOT_AN_IMAGE, "no image format that is known") from error
     except Image.DecompressionBombError as error:
         raise SampleError(FailureReason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS} pixels") from error
     except _DAMAGED as error:
-        raise SampleError(FailureReason.UNDECODABLE, _describe(error)) from error
-    _refuse_bomb(image.width, image.height)
-    try:
-        return _to_rgb(_upright(image))
-    except _DAMAGED as error:
-        message = _describe(error)
-        cut = "truncated" in message.lower() or isinstance(error, EOFError)
-        reason = FailureReason.TRUNCATED_IMAGE if cut else FailureReason.UNDECODABLE
-        raise SampleError(reason, message) from error
+        raise _undecodable(error) from error
+
+
+def _checked(data: bytes) -> bytes:
+    """The bytes to decode. Raises one of _DAMAGED where Pillow would fill up what is missing, or not look."""
+    if data.startswith(png.START):
+        png.check_pixels(data)
+    return jpeg.with_open_end(data) if data.startswith(jpeg.START) else data
 
 
 def _refuse_bomb(width: int, height: int) -> None:
@@ -176,8 +187,10 @@ def _refuse_bomb(width: int, height: int) -> None:
         raise SampleError(FailureReason.TOO_MANY_PIXELS, f"{width}x{height} is more than {MAX_PIXELS} pixels")
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _undecodable(error: Exception) -> SampleError:
+    message = f"{type(error).__name__}: {error}"
+    cut = "truncated" in message.lower() or isinstance(error, EOFError)
+    return SampleError(FailureReason.TRUNCATED_IMAGE if cut else FailureReason.UNDECODABLE, message)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ import random
 import struct
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFile, ImageOps
 
+from fuzz_images import png_chunk
 from make_data import bomb_png, encoded, pixels
 from pipeline.images import (
     MAX_PIXELS,
@@ -168,6 +170,19 @@ def test_cmyk_jpegs_are_converted_without_profiles() -> None:
     assert np.array_equal(rgb(with_profile), Image.open(io.BytesIO(with_profile)).convert("RGB"))
 
 
+def test_a_cmyk_jpeg_means_the_same_stored_as_ycck_or_without_adobes_marker() -> None:
+    data = encoded(picture().convert("CMYK"), "JPEG", quality=100, subsampling=0)
+    marker = data.index(b"\xff\xee\x00\x0eAdobe")
+    assert np.array_equal(rgb(data[:marker] + data[marker + 16 :]), rgb(data))  # Adobe's convention is assumed
+    ycck = bytearray(data)
+    ycck[marker + 15] = 2  # the same four values read as Y Cb Cr K
+    raw = 255.0 - np.asarray(Image.open(io.BytesIO(data)))  # Adobe stores them inverted
+    y, cb, cr, k = raw[..., 0], raw[..., 1] - 128, raw[..., 2] - 128, raw[..., 3]
+    colours = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=2)  # T.871
+    expected = (255 - np.clip(colours, 0, 255)) * (k / 255)[..., None]  # libjpeg inverts to C M Y, Pillow again
+    assert np.abs(rgb(bytes(ycck)) - expected).max() <= 3
+
+
 def test_ycbcr_and_lab_are_converted() -> None:
     for mode in ("YCbCr", "LAB"):
         image = Image.new(mode, (16, 16), (200, 128, 128))
@@ -226,6 +241,19 @@ def test_sixteen_bit_grey_is_scaled_with_rounding() -> None:
         assert np.array_equal(found[..., 1], expected)
     big_endian = encoded(Image.frombytes("I;16B", (16, 16), values.astype(">u2").tobytes()), "TIFF")
     assert np.array_equal(rgb(big_endian)[..., 0], expected)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colour_keeps_its_upper_eight_bits(channels: int) -> None:
+    values = np.random.default_rng(1).integers(0, 65536, (16, 16, channels)).astype(">u2")
+    if channels != 3:
+        values[..., -1] = 65535  # opaque
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 16, 16, 16, kind, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows))
+    found = rgb(data + png_chunk(b"IEND", b""))
+    assert np.array_equal(found, values[..., [0, 0, 0] if channels == 2 else [0, 1, 2]] >> 8)
 
 
 def test_thirty_two_bit_integers_and_floats_are_refused() -> None:
@@ -288,6 +316,25 @@ def test_a_cut_in_the_pixels_is_told_as_that() -> None:
         whole = encoded(picture(3, 240, 160), format)
         assert reason(whole[: len(whole) * 3 // 4], ImageSpec(size=16)) == FailureReason.TRUNCATED_IMAGE, format
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize(("format", "end"), [("JPEG", b"\xff\xd9"), ("PNG", png_chunk(b"IEND", b"")), ("GIF", b"\0;")])
+def test_a_cut_in_the_pixels_is_told_even_where_the_end_marker_was_put_back(format: str, end: bytes) -> None:
+    whole = encoded(picture(3, 240, 160), format)
+    for cut in range(len(whole) // 3, len(whole) - 300, 97):
+        assert reason(whole[:cut] + end) == FailureReason.TRUNCATED_IMAGE, cut
+
+
+def test_a_png_whose_pixels_were_changed_is_refused_by_its_checksum() -> None:
+    """Pillow does not look at it: a tail of zeros would be a black one, or anything else."""
+    whole = encoded(picture(3, 240, 160), "PNG")
+    first = whole.index(b"IDAT") + 4
+    for place in range(first, len(whole) - 16, 511):
+        zeros = whole[:place] + bytes(len(whole) - place)
+        flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        assert reason(zeros) in (FailureReason.TRUNCATED_IMAGE, FailureReason.UNDECODABLE)
+        assert reason(flipped) == FailureReason.UNDECODABLE
+    Image.open(io.BytesIO(whole[:-16] + b"\0\0\0\0" + whole[-12:])).load()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""JPEG markers, read far enough to notice a picture that was cut. Owns no pixels: images.py decodes.
+
+libjpeg fills up with grey what is missing before an end marker and only warns, and Pillow doesn't pass the warning on.
+Format: ITU-T T.81, annexes B and G.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+START = b"\xff\xd8\xff"
+_CHUNK_BYTES = 1 << 20
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
+# Eight bytes of ones, stuffed: what a Huffman decoder may look ahead behind the last block. No code is all ones, so
+# they decode into two blocks at most.
+_PADDING = b"\xff\x00" * 8
+_HUFFMAN_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xCA)
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC lie between them
+_START_OF_SCAN = 0xDA
+_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # without length and content
+
+# N bytes of the file, M of them 0xff
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """`first` to `last`: the coefficients it brings; `low_bit`: how many of their bits are still to come."""
+
+    components: frozenset[int]
+    first: int
+    last: int
+    low_bit: int
+    data_end: int  # where in the file
+
+
+def with_open_end(data: bytes) -> bytes:
+    """`data` such that a decoder runs out of bytes where the picture was cut: padding instead of the end marker. The
+    pixels of a whole picture are the same. One with several scans (progressive) comes back as it is, and so do bytes
+    that are no JPEG. Raises OSError ("truncated") where the end marker or a scan is missing. Not noticed: a cut in the
+    last of several scans, which brings the last bit of the finer details."""
+    kind, components, scans = _read(data)
+    if kind in _HUFFMAN_SEQUENTIAL and scans and scans[0].components == components:
+        return data[: scans[0].data_end] + _PADDING
+    if kind and not scans:
+        raise OSError("truncated: it has no end marker")
+    missing = components - _complete(scans, 63 if kind in _PROGRESSIVE else 0)
+    if scans and missing:
+        raise OSError(f"truncated: scans of {len(missing)} of its {len(components)} components are missing")
+    return data
+
+
+def _complete(scans: list[_Scan], last: int) -> frozenset[int]:
+    """The components of which every bit of the coefficients 0 to `last` comes."""
+    bits_to_come: dict[tuple[int, int], int] = {}
+    for scan in scans:
+        for component in scan.components:
+            bits_to_come |= {(component, n): scan.low_bit for n in range(scan.first, scan.last + 1)}
+    seen = frozenset(component for scan in scans for component in scan.components)
+    return frozenset(c for c in seen if all(bits_to_come.get((c, n)) == 0 for n in range(last + 1)))
+
+
+def _read(data: bytes) -> tuple[int, frozenset[int], list[_Scan]]:
+    """The kind of frame, its components, and the scans that have an end."""
+    kind, components = 0, frozenset[int]()
+    scans: list[_Scan] = []
+    for marker, body, end in _segments(data):
+        if marker in _FRAMES:
+            kind, components = marker, frozenset(body[6::3][: body[5]])
+        elif marker == _START_OF_SCAN:
+            ids, (first, last, bits) = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :][:3]
+            scans.append(_Scan(frozenset(ids), first, last, bits & 15, end))
+    return kind, components, scans
+
+
+def _scan_end(data: bytes, start: int) -> int | None:
+    """The first marker behind `start`: stuffed bytes and restart markers belong to the scan."""
+    bytes_N = np.frombuffer(data, np.uint8)
+    for chunk in range(start, len(data), _CHUNK_BYTES):
+        at_M = chunk + np.flatnonzero(bytes_N[chunk : chunk + _CHUNK_BYTES] == 0xFF)
+        next_M = bytes_N[np.minimum(at_M + 1, len(data) - 1)]
+        ends_M = at_M[(next_M != 0) & (next_M != 0xFF) & (next_M & 0xF8 != 0xD0)]
+        if len(ends_M):
+            return int(ends_M[0])
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """(marker, content, where it and its data end) up to the end marker; stops where the bytes are no JPEG."""
+    at = 2
+    while (found := _MARKER.search(data, at)) and found[1] != b"\xd9":
+        marker, at = found[1][0], found.end()
+        if marker in _ALONE:
+            continue
+        length = int.from_bytes(data[at : at + 2], "big")
+        at += length
+        if length < 2 or at > len(data):
+            return
+        body = data[at - length + 2 : at]
+        if marker in _FRAMES and len(body) < 9:
+            return
+        if marker == _START_OF_SCAN and not 6 <= len(body) == 4 + 2 * body[0]:
+            return
+        if marker == _START_OF_SCAN:
+            end = _scan_end(data, at)
+            if end is None:
+                return
+            at = end
+        yield marker, body, at
