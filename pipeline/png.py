@@ -16,7 +16,7 @@ def check_pixels(data: bytes) -> None:
     """Raises ValueError where the checksum of a chunk of pixels is wrong. What is cut is left to the decoder."""
     view, at = memoryview(data), len(START)
     while at + _OVERHEAD <= len(data):
-        length, kind = int.from_bytes(view[at : at + 4], "big"), view[at + 4 : at + 8]
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + _OVERHEAD + length
         if kind == b"IEND" or end > len(data):
             return
