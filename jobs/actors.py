@@ -1,36 +1,33 @@
-"""The pool of tokenising actors: hand out shards, replace the dead, wait for the unreachable, stop the hung.
+"""The pool of tokenising actors: hand out shards, judge what became of each call, stop the hung.
 
-dispatch.py decides who gets what; this is the only place where tokenising meets Ray's handles and errors.
+dispatch.py decides who gets what, pace.py what is late, slots.py starts and replaces actors, ray_actors.py is Ray.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
-
-from jobs.cluster import SWITCH_INTERVAL_S, ClusterError, describe_resources
 from jobs.dispatch import Dispatch, GivenUp, Work
+from jobs.pace import Pace
 from jobs.pool_settings import PoolSettings
+from jobs.ray_actors import Died, Outcome, Raised, Unreachable
+from jobs.slots import Slot, Slots, Starter, State
+from jobs.tokenize_actor import SignOfLife
+from jobs.waiting import Waiting
 from model.config import ModelError
 from pipeline import storage
 from pipeline.errors import PipelineError, ShardError, StorageError
 from pipeline.plan import ShardTask
-from pipeline.records import FailureReason, ImageTokenizer, ShardResult
-from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
+from pipeline.records import FailureReason, ShardResult
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
-PROBE_EVERY_S = 1.0
-SAY_WAITING_EVERY_S = 10.0
-MAX_FAILED_STARTS = 3  # of one slot, in a row
-MAX_START_PAUSE_S = 60.0
+ASK_FOR_DRAINING_EVERY_S = 2.0
+LAST_WORDS_S = 5.0  # how long to wait for killed actors to be gone
 _REASONS = {
     "truncated": FailureReason.SHARD_TRUNCATED,
     "damaged": FailureReason.SHARD_DAMAGED,
@@ -39,249 +36,211 @@ _REASONS = {
 }
 
 
-class Source(Protocol):
-    """Where an actor gets its tokenizer from."""
+class Actors(Starter, Protocol):
+    """What the pool asks of Ray (RayActors)."""
 
-    def load(self) -> ImageTokenizer: ...
-
-
-class TokenizeActor:
-    """The worker, made remote. Loading is a call of its own, so that its errors arrive as they are."""
-
-    def __init__(self, source: Source, job: TokenizeJob) -> None:
-        self._source, self._job = source, job
-        self._worker: TokenizeWorker | None = None
-
-    def load(self) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._worker = TokenizeWorker(self._source.load(), self._job)
-
-    def tokenize(self, task: ShardTask, delay_s: float) -> ShardResult:
-        """`delay_s`: what failed just now is not tried again at once."""
-        assert self._worker is not None, "load comes first"
-        time.sleep(delay_s)
-        return self._worker.tokenize(task)
-
-    def ping(self) -> None:
-        """Answers when the actor can be reached."""
-
-
-@dataclass
-class _Slot:
-    """One place in the pool; its actor may be replaced. `ready` once loaded and while it can be reached. `deaths`:
-    in a row, without a finished shard between; `failed_starts` likewise, without a load between."""
-
-    name: str
-    actor: Any = None
-    ready: bool = False
-    deaths: int = 0
-    failed_starts: int = 0
+    def tokenize(self, actor: Any, task: ShardTask, delay_s: float) -> Any: ...
+    def kill(self, actor: Any) -> None: ...
+    def wait(self, calls: Collection[Any], timeout_s: float) -> list[Any]: ...
+    def outcome(self, call: Any) -> Outcome: ...
+    def draining_nodes(self) -> Collection[str]: ...
+    def resources(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class _Call:
-    slot: _Slot
+    """Made at `began`; `work` is None in a load, a ping or a watch. An actor waits `delay_s` before it begins."""
+
+    slot: Slot
     actor: Any
-    work: Work | None  # None: a load or a ping
-    started: float
+    began: float
+    work: Work | None = None
+    delay_s: float = 0.0
+
+    @property
+    def is_current(self) -> bool:
+        """Not one of an actor that was replaced since."""
+        return self.actor is self.slot.actor
 
 
 class ActorPool:
     """Actors for a `with` block, in which any number of Dispatches may be run, one after another."""
 
-    def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings) -> None:
-        self._source, self._job, self._settings = source, job, settings
+    def __init__(self, actors: Actors, settings: PoolSettings, now: Callable[[], float] = time.monotonic) -> None:
+        self._actors, self._settings, self._now = actors, settings, now
         self._dispatch = Dispatch((), attempts=1, in_flight_limit=1)
+        self._slots = Slots(settings.num_actors, actors, now)
+        self._pace = Pace(settings.shard_deadline_s)
+        self._waiting = Waiting(settings, now, actors.resources)
         self._calls: dict[Any, _Call] = {}
-        self._probe_at: dict[str, float] = {}
-        self._start_at: dict[str, float] = {}
         self._ever_ready = False
-        self._remote = ray.remote(
-            num_gpus=settings.gpus_per_actor,
-            num_cpus=settings.cpus_per_actor,
-            max_concurrency=settings.shards_in_flight + 1,
-        )(TokenizeActor)
-        self._slots = [_Slot(f"actor-{n}") for n in range(settings.num_actors)]
-        self._waiting_since = time.monotonic()
-        self._said_waiting = self._waiting_since
+        self._asked_for_draining = now()
 
     def __enter__(self) -> ActorPool:
-        for slot in self._slots:
-            self._start(slot)
+        self._act()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Returns when the actors are gone, so that whoever tidies up after them has the last word."""
         for slot in self._slots:
             if slot.actor is not None:
-                ray.kill(slot.actor)
-
-    @property
-    def num_ready(self) -> int:
-        return sum(slot.ready for slot in self._slots)
+                self._actors.kill(slot.actor)
+        until = self._now() + LAST_WORDS_S
+        while self._calls and self._now() < until:
+            for ref in self._actors.wait(list(self._calls), POLL_S):
+                del self._calls[ref]
 
     def run(self, dispatch: Dispatch) -> Iterator[ShardResult | GivenUp]:
         """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, and what
         the tokenizer's loading raises."""
         self._dispatch = dispatch
         while not self._dispatch.finished:
+            self._act()
             self._hand_out()
-            done = self._wait()
-            for ref in done:
-                yield from self._finish(ref, self._calls.pop(ref))
+            for ref in self._actors.wait(list(self._calls), POLL_S):
+                yield from self._hear(self._calls.pop(ref), self._actors.outcome(ref))
             yield from self._stop_hung()
-            self._start_again()
-            self._probe_unreachable()
-            self._check_waiting()
+            yield from self._leave_draining_nodes()
+            self._waiting.check(any_ready=any(slot.state is State.READY for slot in self._slots))
 
-    def _wait(self) -> list[Any]:
-        if not self._calls:  # every slot pauses before its next start
-            time.sleep(POLL_S)
-            return []
-        done, _ = ray.wait(list(self._calls), timeout=POLL_S)
-        return list(done)
-
-    def _start(self, slot: _Slot) -> None:
-        slot.actor, slot.ready = self._remote.remote(self._source, self._job), False
-        self._call(slot, slot.actor.load.remote(), None)
-
-    def _call(self, slot: _Slot, ref: Any, work: Work | None) -> None:
-        self._calls[ref] = _Call(slot, slot.actor, work, time.monotonic())
+    def _act(self) -> None:
+        for slot, ref in self._slots.act():
+            self._calls[ref] = _Call(slot, slot.actor, self._now())
 
     def _hand_out(self) -> None:
-        given = True
+        free, given = self._free_slots(), True
         while given:  # a shard to each actor in turn, so that few shards spread over all
             given = False
-            for slot in self._slots:
-                if slot.ready and (work := self._dispatch.next_for(slot.name)) is not None:
-                    delay_s = self._settings.retry_pause_s * 2 ** (work.charged - 1) if work.charged else 0.0
-                    self._call(slot, slot.actor.tokenize.remote(work.task, delay_s), work)
+            for slot in free:
+                if (work := self._dispatch.next_for(slot.name)) is not None:
+                    self._give(slot, work, self._pause_s(work))
                     given = True
+        for slot in free if self._dispatch.nothing_waits and (stragglers := self._stragglers()) else ():
+            if (work := self._dispatch.second_for(slot.name, stragglers)) is not None:
+                log.info("%s takes long: %s tries it too", _shown(work), slot.name)
+                self._give(slot, work, 0.0)
 
-    def _finish(self, ref: Any, call: _Call) -> Iterator[ShardResult | GivenUp]:
-        if call.actor is not call.slot.actor or self._is_forgotten(call):
-            return  # the last words of an actor that was replaced, or of a call that was given back
-        try:
-            result = ray.get(ref)
-        except ActorUnavailableError as error:
-            yield from self._unreachable(call, error)
-        except RayTaskError as error:
-            yield from self._raised(call, error)
-        except RayError as error:
-            yield from self._died(call.slot, _first_and_last_line(error))
+    def _give(self, slot: Slot, work: Work, delay_s: float) -> None:
+        ref = self._actors.tokenize(slot.actor, work.task, delay_s)
+        self._calls[ref] = _Call(slot, slot.actor, self._now(), work, delay_s)
+
+    def _pause_s(self, work: Work) -> float:
+        return self._settings.retry_pause_s * 2 ** (work.charged - 1) if work.charged else 0.0
+
+    def _free_slots(self) -> list[Slot]:
+        """An actor that is still at work on what nobody waits for gets nothing more: it may hang on it."""
+        wasting = {call.slot.name for call in self._shard_calls() if not self._is_awaited(call)}
+        return [slot for slot in self._slots.ready() if slot.name not in wasting]
+
+    def _shard_calls(self) -> list[_Call]:
+        return [call for call in self._calls.values() if call.work is not None and call.is_current]
+
+    def _is_awaited(self, call: _Call) -> bool:
+        """Not when the shard was finished elsewhere, or went back to the queue."""
+        return call.work is not None and call.is_current and self._dispatch.holds(call.slot.name, call.work)
+
+    def _stragglers(self) -> list[Work]:
+        """The oldest first."""
+        calls = sorted(filter(self._is_awaited, self._shard_calls()), key=lambda call: call.began)
+        return [c.work for c in calls if c.work is not None and self._age_s(c) > self._pace.late_s(_size(c.work))]
+
+    def _age_s(self, call: _Call) -> float:
+        return self._now() - call.began - call.delay_s
+
+    def _hear(self, call: _Call, outcome: Outcome) -> Iterator[ShardResult | GivenUp]:
+        if not call.is_current:
+            return  # the last words of an actor that was replaced
+        if isinstance(outcome, Raised):
+            yield from self._raised(call, outcome.error)
+        elif isinstance(outcome, Died):
+            blameless = outcome.with_node or call.slot.leaving
+            yield from self._lost(call.slot, outcome.message, blameless=blameless)
+        elif isinstance(outcome, Unreachable):
+            self._slots.away(call.slot, outcome.message)
+            yield from self._dispatch.actor_away(call.slot.name)
+        elif isinstance(outcome.value, ShardResult):
+            yield from self._finished(call, outcome.value)
         else:
-            self._ever_ready = True
-            call.slot.ready, call.slot.failed_starts = True, 0
-            if call.work is not None:
-                call.slot.deaths = 0
-                self._dispatch.done(call.slot.name, call.work)
-                yield _with_attempts(result, call.work)
+            yield from self._shows_life(call.slot, outcome.value)
 
-    def _is_forgotten(self, call: _Call) -> bool:
-        return call.work is not None and call.work not in self._dispatch.held_by(call.slot.name)
+    def _finished(self, call: _Call, result: ShardResult) -> Iterator[ShardResult]:
+        if call.work is not None and self._is_awaited(call):
+            call.slot.deaths = 0
+            self._pace.note(_size(call.work), self._age_s(call))
+            self._dispatch.done(call.slot.name, call.work)
+            yield replace(result, attempts=call.work.charged + 1)
 
-    def _raised(self, call: _Call, error: RayTaskError) -> Iterator[GivenUp]:
+    def _shows_life(self, slot: Slot, sign: SignOfLife) -> Iterator[GivenUp]:
+        """It has its tokenizer, or can be reached again, or is just still there."""
+        self._ever_ready = True
+        if slot.state is State.READY or (sign.loaded and not sign.num_open):
+            self._slots.answered(slot, sign.node)
+        else:  # what it was at when it went away is done elsewhere by now
+            yield from self._replace(slot, "it was away, and is still busy", blameless=True)
+
+    def _raised(self, call: _Call, error: Exception) -> Iterator[GivenUp]:
         """A shard or the store at fault is a failed attempt; anything else puts the actor itself in doubt (a CUDA
         error sticks to its process), so it is replaced, and its shards are tried again alone."""
-        cause = error.cause
-        message = f"{type(cause).__name__}: {cause}"
+        message = storage.public_text(f"{type(error).__name__}: {error}")
         if call.work is None:
-            if not self._ever_ready and isinstance(cause, PipelineError | ModelError):
-                raise cause  # no such checkpoint: all actors will say the same
+            if not self._ever_ready and isinstance(error, PipelineError | ModelError):
+                raise error  # no such checkpoint: all actors will say the same
             yield from self._replace(call.slot, f"it could not load its tokenizer: {message}")
-        elif isinstance(cause, ShardError | StorageError | OSError):
-            log.warning("%s failed (attempt %d): %s", _shown(call.work), call.work.charged + 1, message)
-            given_up = self._dispatch.failed(call.slot.name, call.work, _reason(cause), message)
-            if given_up is not None:
-                yield given_up
-        else:
+        elif not isinstance(error, ShardError | StorageError | OSError):
             yield from self._replace(call.slot, message)
+        elif self._is_awaited(call):
+            log.warning("%s failed (attempt %d): %s", _shown(call.work), call.work.charged + 1, message)
+            given_up = self._dispatch.failed(call.slot.name, call.work, _reason(error), message)
+            yield from () if given_up is None else (given_up,)
 
-    def _replace(self, slot: _Slot, message: str) -> Iterator[GivenUp]:
-        ray.kill(slot.actor)
-        yield from self._died(slot, message)
+    def _replace(
+        self, slot: Slot, message: str, culprits: Sequence[Work] = (), *, blameless: bool = False
+    ) -> Iterator[GivenUp]:
+        self._actors.kill(slot.actor)
+        yield from self._lost(slot, message, culprits, blameless=blameless)
 
-    def _died(self, slot: _Slot, message: str, culprits: tuple[Work, ...] = ()) -> Iterator[GivenUp]:
-        reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
+    def _lost(
+        self, slot: Slot, message: str, culprits: Sequence[Work] = (), *, blameless: bool = False
+    ) -> Iterator[GivenUp]:
         held = ", ".join(_shown(work) for work in self._dispatch.held_by(slot.name)) or "no shard"
         log.warning("%s is replaced while it held %s: %s", slot.name, held, message)
-        yield from self._dispatch.actor_lost(slot.name, reason, message, culprits)
-        self._probe_at.pop(slot.name, None)
-        slot.failed_starts += not slot.ready
-        slot.actor, slot.ready, slot.deaths = None, False, slot.deaths + 1  # None: its last words are not heard
-        if slot.failed_starts >= MAX_FAILED_STARTS:
-            self._retire(slot, message)
-        else:  # the first replacement at once, the next ones later and later
-            self._start_at[slot.name] = time.monotonic() + min(MAX_START_PAUSE_S, 2.0 ** (slot.deaths - 1) - 1)
-
-    def _retire(self, slot: _Slot, message: str) -> None:
-        """The run goes on with the other slots, if there are any."""
-        self._slots.remove(slot)
-        if not self._slots:
-            raise ClusterError(f"{slot.name} died {slot.failed_starts} times while it started: {message}")
-        log.warning("%s is given up after %d failed starts", slot.name, slot.failed_starts)
-
-    def _start_again(self) -> None:
-        for slot in self._slots:
-            if time.monotonic() >= self._start_at.get(slot.name, float("inf")):
-                del self._start_at[slot.name]
-                self._start(slot)
-
-    def _unreachable(self, call: _Call, error: RayError) -> Iterator[GivenUp]:
-        if call.slot.ready:
-            log.warning("%s cannot be reached: %s", call.slot.name, str(error).splitlines()[0])
-        call.slot.ready = False
-        self._probe_at[call.slot.name] = time.monotonic() + PROBE_EVERY_S
-        yield from self._dispatch.actor_away(call.slot.name)
-
-    def _probe_unreachable(self) -> None:
-        for slot in self._slots:
-            if time.monotonic() >= self._probe_at.get(slot.name, float("inf")):
-                del self._probe_at[slot.name]
-                self._call(slot, slot.actor.ping.remote(), None)
+        if blameless:
+            yield from self._dispatch.actor_away(slot.name)
+        else:
+            reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
+            yield from self._dispatch.actor_lost(slot.name, reason, message, culprits)
+        self._slots.lost(slot, message, blameless=blameless)
 
     def _stop_hung(self) -> Iterator[GivenUp]:
         """Kill an actor that holds a shard past its deadline; the hung shard is charged, its neighbours are not."""
-        before = time.monotonic() - self._settings.shard_deadline_s
-        hung = [c for c in self._calls.values() if c.work is not None and c.started < before and not self._is_stale(c)]
+        hung = [call for call in self._shard_calls() if self._age_s(call) > self._deadline_s(call)]
         for slot in {call.slot.name: call.slot for call in hung}.values():
-            culprits = tuple(call.work for call in hung if call.slot is slot and call.work is not None)
-            ray.kill(slot.actor)
-            yield from self._died(slot, f"no result after {self._settings.shard_deadline_s:.0f} s", culprits)
+            calls = [call for call in hung if call.slot is slot]
+            culprits = [call.work for call in calls if call.work is not None and self._is_awaited(call)]
+            message = f"no result after {self._age_s(calls[0]):.0f} s"
+            yield from self._replace(slot, message, culprits, blameless=not culprits)
 
-    def _is_stale(self, call: _Call) -> bool:
-        return call.actor is not call.slot.actor or self._is_forgotten(call)
+    def _deadline_s(self, call: _Call) -> float:
+        assert call.work is not None
+        return self._pace.deadline_s(_size(call.work), call.work.charged)
 
-    def _check_waiting(self) -> None:
-        """Say what is waited for, and give up after a stated time without a single actor."""
-        now = time.monotonic()
-        if self.num_ready:
-            self._waiting_since = now
-            return
-        wanted = f"{self._settings.num_actors} actors of {self._settings.cpus_per_actor:g} CPU"
-        wanted += f" and {self._settings.gpus_per_actor:g} GPU" if self._settings.gpus_per_actor else ""
-        if now - self._waiting_since > self._settings.wait_s:
-            raise ClusterError(
-                f"no actor could start within {self._settings.wait_s:.0f} s (ray.wait_s): asked for {wanted}; the "
-                f"cluster has {describe_resources()}; add nodes, or lower ray.gpus_per_actor or ray.cpus_per_actor"
-            )
-        if now - self._said_waiting > SAY_WAITING_EVERY_S:
-            self._said_waiting = now
-            log.warning("waiting for %s; the cluster has %s", wanted, describe_resources())
+    def _leave_draining_nodes(self) -> Iterator[GivenUp]:
+        """Actors there get nothing new, finish what they hold, and are started again elsewhere."""
+        if self._now() - self._asked_for_draining > ASK_FOR_DRAINING_EVERY_S:
+            self._asked_for_draining = self._now()
+            self._slots.leave(self._actors.draining_nodes())
+        for slot in self._slots:
+            if slot.leaving and slot.state is State.READY and not self._dispatch.held_by(slot.name):
+                yield from self._replace(slot, "its node is about to go", blameless=True)
 
 
 def _shown(work: Work) -> str:
     return storage.public_url(work.task.shard.url)
 
 
-def _reason(cause: Exception) -> FailureReason:
-    return _REASONS[cause.reason] if isinstance(cause, ShardError) else FailureReason.SHARD_UNREADABLE
+def _size(work: Work) -> int:
+    return work.task.shard.size_bytes
 
 
-def _with_attempts(result: ShardResult, work: Work) -> ShardResult:
-    return replace(result, attempts=work.charged + 1)
-
-
-def _first_and_last_line(error: Exception) -> str:
-    """Ray says what happened in the first line, and the cause of a failed start in the last."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1].strip()}"
+def _reason(error: Exception) -> FailureReason:
+    return _REASONS[error.reason] if isinstance(error, ShardError) else FailureReason.SHARD_UNREADABLE

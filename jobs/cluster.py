@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import RayError
 
 from pipeline.errors import PipelineError
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own: only small results pass through it
+GCS_TIMEOUT_S = 5.0
 
 
 class ClusterError(PipelineError):
@@ -59,3 +61,21 @@ def describe_resources() -> str:
     """What the cluster has and what of it is free, for messages."""
     total, free = ray.cluster_resources(), ray.available_resources()
     return ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU"))
+
+
+def this_node() -> str:
+    """The id of the node on which this actor is; empty outside of Ray."""
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that are about to go (a spot machine's notice, an autoscaler's wish)."""
+    try:
+        from ray._private.worker import global_worker  # as Ray Serve and Train do: there is no public name for it
+
+        return frozenset(global_worker.gcs_client.get_draining_nodes(timeout=GCS_TIMEOUT_S))
+    except (ImportError, AttributeError):  # another Ray: its nodes then go without notice
+        return frozenset()
+    except RayError as error:  # asked again soon; a head that is gone for good shows in every call
+        log.warning("could not ask which nodes are about to go: %s", error)
+        return frozenset()

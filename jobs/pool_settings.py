@@ -20,7 +20,7 @@ class PoolSettings:
     cpus_per_actor: float
     shards_in_flight: int
     wait_s: float
-    shard_deadline_s: float
+    shard_deadline_s: float | None  # None: derived from what was seen
     retry_pause_s: float
 
 

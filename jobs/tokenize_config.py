@@ -50,7 +50,7 @@ class TokenizeConfig(Section):
     max_failed_shards: int = Field(default=0, ge=0)
     attempts: Count = 3
     retry_pause_s: float = Field(default=5.0, ge=0.0)
-    shard_deadline_s: float = Field(default=1800.0, gt=0.0)
+    shard_deadline_s: float | None = Field(default=None, gt=0.0)
     ray: RaySettings = RaySettings()
 
     @model_validator(mode="after")

@@ -25,8 +25,8 @@ from pipeline.shard_patterns import expand
 from pipeline.tokenize_shard import quarantine
 
 if TYPE_CHECKING:
-    from jobs.actors import Source
     from jobs.dispatch import GivenUp
+    from jobs.tokenize_actor import Source
 
 log = logging.getLogger(__name__)
 LEDGER_EVERY_S = 10.0
@@ -109,6 +109,7 @@ class Session:
         from jobs.cluster import connected
         from jobs.dispatch import Dispatch
         from jobs.pool_settings import decode_threads, pool_settings
+        from jobs.ray_actors import RayActors
 
         config, started, rows_before = self._config, time.monotonic(), self._totals.num_rows
         dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=config.ray.shards_in_flight)
@@ -116,7 +117,7 @@ class Session:
             settings = pool_settings(config, len(self._plan.todo))
             threads = decode_threads(config, settings.num_actors)
             with (
-                ActorPool(source, self._run.job(threads), settings) as pool,
+                ActorPool(RayActors(source, self._run.job(threads), settings), settings) as pool,
                 JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
             ):
                 for outcome in pool.run(dispatch):

@@ -27,6 +27,7 @@ import numpy as np
 from jobs.actors import ActorPool
 from jobs.dispatch import Dispatch
 from jobs.pool_settings import PoolSettings
+from jobs.ray_actors import RayActors
 from make_data import image_bytes, tar_bytes
 from pipeline.images import ImageSpec, decode_image
 from pipeline.output import OutputPrefix
@@ -146,7 +147,7 @@ class RayEngine:
         ray.init(address="local", include_dashboard=False, object_store_memory=150 << 20, log_to_driver=False,
                  logging_level="ERROR", runtime_env=environment)  # fmt: skip
         settings = PoolSettings(1, 0, 1, SHARDS_IN_FLIGHT, 60, 600, 0)
-        self._pool = ActorPool(self._tokenizer, self._job, settings).__enter__()
+        self._pool = ActorPool(RayActors(self._tokenizer, self._job, settings), settings).__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -298,7 +298,7 @@ def test_an_actor_that_never_loads_is_given_up_and_the_others_do_the_work(
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    source = LoadFault(read_head(str(checkpoint)), seconds=1.0, marks=str(marks))
+    source = LoadFault(read_head(str(checkpoint)), seconds=1.5, marks=str(marks))
     config = settings(checkpoint, shards, tmp_path / "out", ray={"num_actors": 2, "shards_in_flight": 1})
     assert run_tokenize(config, "dvae", source) == 0
     assert len(list(marks.iterdir())) == 4  # one that loaded, three tries of the other

@@ -1,0 +1,116 @@
+"""The one place where tokenising meets Ray's handles and errors: calls go in, plain outcomes come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+
+from jobs.cluster import describe_resources, draining_nodes
+from jobs.pool_settings import PoolSettings
+from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor
+from pipeline.plan import ShardTask
+from pipeline.records import ShardResult
+from pipeline.tokenize_shard import TokenizeJob
+
+WATCH_S = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    value: ShardResult | SignOfLife
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The call raised in the actor, which lives."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """The actor may live and the call may go on, but nobody knows."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """`with_node`: and all its node, so that no shard is to blame."""
+
+    message: str
+    with_node: bool = False
+
+
+Outcome = Answer | Raised | Unreachable | Died
+
+
+class RayActors:
+    """Makes, calls, hears and kills actors. An actor and a call are handles that only this class looks into."""
+
+    def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings) -> None:
+        self._arguments = (source, job)
+        self._class = ray.remote(
+            num_gpus=settings.gpus_per_actor,
+            num_cpus=settings.cpus_per_actor,
+            max_concurrency=settings.shards_in_flight + 2,  # a watch and a ping beside the shards
+        )(TokenizeActor)
+
+    def start(self) -> Any:
+        return self._class.remote(*self._arguments)
+
+    def load(self, actor: Any) -> Any:
+        return actor.load.remote()
+
+    def ping(self, actor: Any) -> Any:
+        return actor.ping.remote()
+
+    def watch(self, actor: Any) -> Any:
+        return actor.watch.remote(WATCH_S)
+
+    def tokenize(self, actor: Any, task: ShardTask, delay_s: float) -> Any:
+        return actor.tokenize.remote(task, delay_s)
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor)
+
+    def wait(self, calls: Collection[Any], timeout_s: float) -> list[Any]:
+        """Those that have an outcome, as soon as there is one, or when the time is up."""
+        if not calls:  # every slot pauses before its next start
+            time.sleep(timeout_s)
+            return []
+        done, _ = ray.wait(list(calls), timeout=timeout_s)
+        return list(done)
+
+    def outcome(self, call: Any) -> Outcome:
+        try:
+            return Answer(ray.get(call))
+        except ActorUnavailableError as error:
+            return Unreachable(_first_and_last_line(error))
+        except RayTaskError as error:
+            return Raised(error.cause)
+        except RayError as error:
+            return Died(_first_and_last_line(error), with_node=_took_its_node_along(error))
+
+    def draining_nodes(self) -> Collection[str]:
+        return draining_nodes()
+
+    def resources(self) -> str:
+        return describe_resources()
+
+
+def _took_its_node_along(error: RayError) -> bool:
+    """Ray has a flag for a node that it was told would go, and only words for one that went."""
+    preempted = isinstance(error, RayActorError) and error.preempted
+    return preempted or "its node has died" in str(error)
+
+
+def _first_and_last_line(error: Exception) -> str:
+    """Ray says what happened in the first line, and the cause of a failed start in the last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1].strip()}"

@@ -1,0 +1,114 @@
+"""The places of the pool, whose actors come and go: started, loaded, lost, probed, given up. Knows no shards."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from jobs.cluster import ClusterError
+
+log = logging.getLogger(__name__)
+PROBE_EVERY_S = 1.0
+MAX_FAILED_STARTS = 3  # of a slot that never had an actor that loaded
+MAX_START_PAUSE_S = 60.0
+
+
+class State(Enum):
+    EMPTY = "empty"  # an actor is to be started
+    STARTING = "starting"
+    READY = "ready"
+    AWAY = "away"  # cannot be reached just now
+
+
+class Starter(Protocol):
+    def start(self) -> Any: ...
+    def load(self, actor: Any) -> Any: ...
+    def ping(self, actor: Any) -> Any: ...
+    def watch(self, actor: Any) -> Any: ...
+
+
+@dataclass
+class Slot:
+    """One place in the pool; its actor may be replaced. `node`: where its last loaded actor was. `leaving`: that node
+    will be gone soon. `deaths`: in a row, without a finished shard between."""
+
+    name: str
+    state: State = State.EMPTY
+    actor: Any = None
+    node: str = ""
+    leaving: bool = False
+    deaths: int = 0
+    failed_starts: int = 0
+    has_loaded: bool = False
+    act_at: float = 0.0  # when to start, probe or watch; infinite while an answer is awaited
+
+
+class Slots:
+    """All of them. `now` is the clock, in seconds."""
+
+    def __init__(self, number: int, actors: Starter, now: Callable[[], float]) -> None:
+        self._slots = [Slot(f"actor-{n}") for n in range(number)]
+        self._actors, self._now = actors, now
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(tuple(self._slots))
+
+    def ready(self) -> list[Slot]:
+        """Those that may be given work."""
+        return [slot for slot in self._slots if slot.state is State.READY and not slot.leaving]
+
+    def act(self) -> Iterator[tuple[Slot, Any]]:
+        """Start, probe and watch what is due; the slots, each with its call."""
+        for slot in self:
+            if self._now() >= slot.act_at:
+                slot.act_at = math.inf
+                yield slot, self._call(slot)
+
+    def _call(self, slot: Slot) -> Any:
+        if slot.state is State.READY:
+            return self._actors.watch(slot.actor)
+        return self._actors.ping(slot.actor) if slot.state is State.AWAY else self._start(slot)
+
+    def _start(self, slot: Slot) -> Any:
+        slot.actor, slot.state, slot.leaving = self._actors.start(), State.STARTING, False
+        return self._actors.load(slot.actor)
+
+    def answered(self, slot: Slot, node: str) -> None:
+        slot.state, slot.node, slot.has_loaded, slot.act_at = State.READY, node, True, self._now()
+
+    def away(self, slot: Slot, message: str) -> None:
+        if slot.state is not State.AWAY:
+            log.warning("%s cannot be reached: %s", slot.name, message)
+        slot.state, slot.act_at = State.AWAY, self._now() + PROBE_EVERY_S
+
+    def leave(self, nodes: Collection[str]) -> None:
+        """These nodes are about to go."""
+        for slot in self._slots:
+            if slot.state is State.READY and slot.node in nodes and not slot.leaving:
+                log.warning("%s gets no more shards: its node is about to go", slot.name)
+                slot.leaving = True
+
+    def lost(self, slot: Slot, message: str, *, blameless: bool) -> None:
+        """Its actor is gone. Another is started: at once the first time, then later and later. Raises ClusterError
+        when no slot is left that has not been given up."""
+        slot.failed_starts += slot.state is State.STARTING and not blameless
+        slot.deaths += not blameless
+        slot.actor, slot.state, slot.leaving = None, State.EMPTY, False  # None: its last words are not heard
+        slot.act_at = self._now() + (0.0 if blameless else _pause_s(slot.deaths))
+        if slot.failed_starts >= MAX_FAILED_STARTS and not slot.has_loaded:
+            self._retire(slot, message)
+
+    def _retire(self, slot: Slot, message: str) -> None:
+        """The run goes on with the other slots, if there are any."""
+        self._slots.remove(slot)
+        if not self._slots:
+            raise ClusterError(f"{slot.name} died {slot.failed_starts} times while it started: {message}")
+        log.warning("%s is given up after %d failed starts", slot.name, slot.failed_starts)
+
+
+def _pause_s(deaths: int) -> float:
+    return min(MAX_START_PAUSE_S, 2.0 ** min(deaths - 1, 10) - 1)

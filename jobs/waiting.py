@@ -1,0 +1,38 @@
+"""Says what is waited for while no actor is there, and gives up after a stated time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from jobs.cluster import ClusterError
+from jobs.pool_settings import PoolSettings
+
+log = logging.getLogger(__name__)
+SAY_EVERY_S = 10.0
+
+
+class Waiting:
+    """`now` is the clock, in seconds; `resources` says what the cluster has."""
+
+    def __init__(self, settings: PoolSettings, now: Callable[[], float], resources: Callable[[], str]) -> None:
+        self._settings, self._now, self._resources = settings, now, resources
+        self._since = self._said = now()
+
+    def check(self, *, any_ready: bool) -> None:
+        """Raises ClusterError when no actor was ready for longer than ray.wait_s."""
+        now, wait_s = self._now(), self._settings.wait_s
+        if any_ready:
+            self._since = now
+        elif now - self._since > wait_s:
+            raise ClusterError(
+                f"no actor could start within {wait_s:.0f} s (ray.wait_s): asked for {self._wanted()}; the cluster has "
+                f"{self._resources()}; add nodes, or lower ray.gpus_per_actor or ray.cpus_per_actor"
+            )
+        elif now - self._said > SAY_EVERY_S:
+            self._said = now
+            log.warning("waiting for %s; the cluster has %s", self._wanted(), self._resources())
+
+    def _wanted(self) -> str:
+        gpus = f" and {self._settings.gpus_per_actor:g} GPU" if self._settings.gpus_per_actor else ""
+        return f"{self._settings.num_actors} actors of {self._settings.cpus_per_actor:g} CPU{gpus}"
