@@ -176,7 +176,7 @@ class ActorPool:
         if slot.state is State.READY or (sign.loaded and not sign.num_open):
             self._slots.answered(slot, sign.node)
         else:  # what it was at when it went away is done elsewhere by now
-            yield from self._replace(slot, "it was away, and is still busy", blameless=True)
+            yield from self._lost(slot, "it was away, and is still busy", blameless=True)
 
     def _raised(self, call: _Call, error: Exception) -> Iterator[GivenUp]:
         """A shard or the store at fault is a failed attempt; anything else puts the actor itself in doubt (a CUDA
@@ -185,25 +185,20 @@ class ActorPool:
         if call.work is None:
             if not self._ever_ready and isinstance(error, PipelineError | ModelError):
                 raise error  # no such checkpoint: all actors will say the same
-            yield from self._replace(call.slot, f"it could not load its tokenizer: {message}")
+            yield from self._lost(call.slot, f"it could not load its tokenizer: {message}")
         elif not isinstance(error, ShardError | StorageError | OSError):
-            yield from self._replace(call.slot, message)
+            yield from self._lost(call.slot, message)
         elif self._is_awaited(call):
             log.warning("%s failed (attempt %d): %s", _shown(call.work), call.work.charged + 1, message)
             given_up = self._dispatch.failed(call.slot.name, call.work, _reason(error), message)
             yield from () if given_up is None else (given_up,)
-
-    def _replace(
-        self, slot: Slot, message: str, culprits: Sequence[Work] = (), *, blameless: bool = False
-    ) -> Iterator[GivenUp]:
-        self._actors.kill(slot.actor)
-        yield from self._lost(slot, message, culprits, blameless=blameless)
 
     def _lost(
         self, slot: Slot, message: str, culprits: Sequence[Work] = (), *, blameless: bool = False
     ) -> Iterator[GivenUp]:
         held = ", ".join(_shown(work) for work in self._dispatch.held_by(slot.name)) or "no shard"
         log.warning("%s is replaced while it held %s: %s", slot.name, held, message)
+        self._actors.kill(slot.actor)  # also one that Ray calls dead: its node may only be cut off
         if blameless:
             yield from self._dispatch.actor_away(slot.name)
         else:
@@ -218,7 +213,7 @@ class ActorPool:
             calls = [call for call in hung if call.slot is slot]
             culprits = [call.work for call in calls if call.work is not None and self._is_awaited(call)]
             message = f"no result after {self._age_s(calls[0]):.0f} s"
-            yield from self._replace(slot, message, culprits, blameless=not culprits)
+            yield from self._lost(slot, message, culprits, blameless=not culprits)
 
     def _deadline_s(self, call: _Call) -> float:
         assert call.work is not None
@@ -231,7 +226,7 @@ class ActorPool:
             self._slots.leave(self._actors.draining_nodes())
         for slot in self._slots:
             if slot.leaving and slot.state is State.READY and not self._dispatch.held_by(slot.name):
-                yield from self._replace(slot, "its node is about to go", blameless=True)
+                yield from self._lost(slot, "its node is about to go", blameless=True)
 
 
 def _shown(work: Work) -> str:

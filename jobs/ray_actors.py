@@ -93,7 +93,7 @@ class RayActors:
         except ActorUnavailableError as error:
             return Unreachable(_first_and_last_line(error))
         except RayTaskError as error:
-            return Raised(error.cause)
+            return Raised(_plain(error.cause))
         except RayError as error:
             return Died(_first_and_last_line(error), with_node=_took_its_node_along(error))
 
@@ -102,6 +102,11 @@ class RayActors:
 
     def resources(self) -> str:
         return describe_resources()
+
+
+def _plain(cause: Exception) -> Exception:
+    """Of an error that could not travel Ray makes one of its own, with all the traceback in it."""
+    return RuntimeError(_first_and_last_line(cause)) if isinstance(cause, RayError) else cause
 
 
 def _took_its_node_along(error: RayError) -> bool:

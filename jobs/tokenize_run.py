@@ -54,4 +54,7 @@ def held(run: TokenizeRun) -> Iterator[Ledger]:
         storage.remove_temporaries(run.output.url)
         ledger = Ledger(run.output)
         ledger.compact()
-        yield ledger
+        try:
+            yield ledger
+        finally:  # what an actor was at when it was stopped
+            storage.remove_temporaries(run.output.url)

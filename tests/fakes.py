@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ class ShardFault(FakeSource):
     """Does `deed` in the actor when it reads a shard with `needle` in its name; `times`: how often in all."""
 
     needle: str = ""
-    deed: str = "exit"  # exit, hang, break (the process, for good), raise
+    deed: str = "exit"  # see `do`
     times: int = 1_000_000
     marks: str = ""  # a folder: one file for each deed done
 
@@ -94,20 +95,60 @@ class ShardFault(FakeSource):
         def faulty(shard: Any, **options: Any) -> Iterator[Any]:
             if self.needle in shard.url and len(list(Path(self.marks).iterdir())) < self.times:
                 (Path(self.marks) / f"{time.time_ns()}").touch()
-                self._do()
+                do(self.deed)
             yield from read_samples(shard, **options)
 
         tokenize_shard.read_samples = faulty
         return super().load()
 
-    def _do(self) -> None:
-        if self.deed == "exit":
-            os._exit(11)
-        if self.deed == "hang":
-            time.sleep(3600)
-        if self.deed == "break":
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        raise OSError("the store fell over")
+
+@dataclass(frozen=True)
+class SeveralFaults(FakeSource):
+    """Shards with these words in their names suffer these deeds, whenever they are read."""
+
+    deeds: tuple[tuple[str, str], ...] = ()
+
+    def load(self) -> HeadTokenizer:
+        from pipeline import tokenize_shard
+
+        read_samples = tokenize_shard.read_samples
+
+        def faulty(shard: Any, **options: Any) -> Iterator[Any]:
+            for needle, deed in self.deeds:
+                if needle in shard.url:
+                    do(deed)
+            yield from read_samples(shard, **options)
+
+        tokenize_shard.read_samples = faulty
+        return super().load()
+
+
+class CannotTravel(Exception):
+    """Pickled, it cannot be made again: it wants two arguments and holds one."""
+
+    def __init__(self, what: str, more: str) -> None:
+        super().__init__(f"{what} {more}")
+
+
+def do(deed: str) -> None:
+    """What may befall a process that reads a shard."""
+    if deed == "exit":
+        os._exit(11)
+    if deed == "kill":  # as the kernel or Ray's memory monitor do
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "hang":
+        time.sleep(3600)
+    if deed == "break":  # the process, for good
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if deed == "cuda out of memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    if deed == "out of memory":
+        raise MemoryError
+    if deed == "cannot travel":
+        raise CannotTravel("no words", "for it")
+    raise OSError("the store fell over")
 
 
 @dataclass(frozen=True)
