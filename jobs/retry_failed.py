@@ -21,8 +21,8 @@ from pipeline.records import FailureReason, ShardResult, ShardState
 from pipeline.retry import Finding, in_doubt, is_untouched, plan_retry
 
 if TYPE_CHECKING:
-    from jobs.actors import Source
     from jobs.dispatch import GivenUp
+    from jobs.tokenize_actor import Source
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 50
