@@ -46,36 +46,46 @@ class Lease:
         self._stop.set()
         self._thread.join()
         try:
-            if self._is_mine():
+            if self._is_mine(_read(self._url)):
                 storage.remove(self._url)
         except (StorageError, OSError) as problem:  # not over the block's own end: the lease expires by itself
             log.warning("lease not given back: %s", problem)
 
-    def _is_mine(self) -> bool:
-        return (_read(self._url) or {}).get("writer") == self._writer
+    def _is_mine(self, there: bytes | None) -> bool:
+        return _parse(there).get("writer") == self._writer
 
     def _take_over(self) -> None:
-        holder = _read(self._url)
-        if holder is not None and not _is_dead(holder):
+        """Put this process where a dead one was. Of two that do it at once, the second finds another in its place."""
+        there = _read(self._url)
+        if there is not None:
+            self._require_dead(_parse(there))
+            taken = storage.swap(self._url, self._content(), there)
+        else:  # given back a moment ago
+            taken = storage.create(self._url, self._content())
+        if not taken:
+            raise RunHeld(f"{storage.public_url(self._url)}: another driver took this run at the same moment")
+
+    def _require_dead(self, holder: dict[str, Any]) -> None:
+        if not _is_dead(holder):
             age_s = max(0.0, time.time() - float(holder.get("renewed", 0)))
             raise RunHeld(
                 f"{storage.public_url(self._url)}: another driver (process {holder.get('pid')} on "
                 f"{holder.get('host')}) holds this run, "
                 f"renewed {age_s:.0f} s ago; wait for it, or stop it (its lease ends {EXPIRY_S:.0f} s after that)"
             )
-        storage.publish(self._url, self._content())
-        if not self._is_mine():
-            raise RunHeld(f"{storage.public_url(self._url)}: another driver took this run at the same moment")
 
     def _keep(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
-                if not self._is_mine():  # this process was stopped for longer than the lease lasts
+                if not self._renew():  # this process was stopped for longer than the lease lasts
                     log.warning("another driver has taken this run over: two do no harm, but one is enough")
                     return
-                storage.publish(self._url, self._content())
             except (StorageError, OSError) as error:  # the run itself will meet the same store and say so
                 log.warning("lease not renewed: %s", error)
+
+    def _renew(self) -> bool:
+        there = _read(self._url)
+        return there is not None and self._is_mine(there) and storage.swap(self._url, self._content(), there)
 
     def _content(self) -> bytes:
         host = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
@@ -84,15 +94,21 @@ class Lease:
 
 def is_held(output: OutputPrefix) -> bool:
     """Whether a driver is at work there; a lease that a killed one left does not count."""
-    holder = _read(output.file("lease.json"))
-    return holder is not None and not _is_dead(holder)
+    there = _read(output.file("lease.json"))
+    return there is not None and not _is_dead(_parse(there))
 
 
-def _read(url: str) -> dict[str, Any] | None:
+def _read(url: str) -> bytes | None:
     try:
-        return dict(json.loads(storage.read_bytes(url)))
+        return storage.read_bytes(url)
     except FileNotFoundError:
         return None
+
+
+def _parse(lease: bytes | None) -> dict[str, Any]:
+    """Nothing of a damaged one, which is dead by that."""
+    try:
+        return dict(json.loads(lease or b"{}"))
     except (ValueError, TypeError):
         return {}
 

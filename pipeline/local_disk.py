@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -18,9 +21,47 @@ def write_whole(path: Path, data: bytes) -> None:
     _with_temporary(path, data, os.replace)
 
 
-def create_whole(path: Path, data: bytes) -> None:
-    """As `write_whole`, but raises FileExistsError where something is."""
-    _with_temporary(path, data, _link)
+def create_whole(path: Path, data: bytes) -> bool:
+    """As `write_whole`, but only where nothing is; says whether `data` is there."""
+    try:
+        _with_temporary(path, data, _link)
+    except FileExistsError:
+        return _holds(path, data)
+    return True
+
+
+def swap_whole(path: Path, data: bytes, old: bytes) -> bool:
+    """As `write_whole`, but only where `old` is; says whether `data` is there. The file that is replaced is its own
+    lock: whoever waited for it finds another in its place."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return False
+    with file:
+        _lock(file)
+        if _holds(path, old) and _is_still(file, path):
+            write_whole(path, data)
+            return True
+    return _holds(path, data)
+
+
+def _lock(file: BinaryIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:  # some mounts know none: there the two that meet may both believe they won
+            raise
+
+
+def _is_still(file: BinaryIO, path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except FileNotFoundError:  # whoever was there has gone meanwhile
+        return False
 
 
 def is_temporary(name: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import closing
 
-from pipeline import storage
+from pipeline import shard_stream
 from pipeline.records import FailureReason, ObjectInfo, RawSample
 from pipeline.tar_members import Member, tar_members
 
@@ -36,8 +36,8 @@ def read_samples(
     require_end_marker: bool = True,
 ) -> Generator[RawSample, None, None]:
     """Every sample of the shard, in tar order. Each comes once: one without a single good image member has
-    its `failure` set. Raises ShardTruncated, ShardDamaged or ShardUnreadable; what was yielded before that
-    must then be thrown away."""
+    its `failure` set. Raises ShardTruncated, ShardDamaged, ShardChanged or ShardUnreadable; what was yielded
+    before that must then be thrown away."""
 
     def wanted(name: str) -> int:
         extension = _extension(name)
@@ -45,7 +45,7 @@ def read_samples(
             return MAX_IMAGE_BYTES
         return MAX_METADATA_BYTES if extension in metadata_extensions else 0
 
-    with closing(storage.open_read(shard.url)) as stream:
+    with closing(shard_stream.open_shard(shard)) as stream:
         members = tar_members(stream, shard, wanted, require_end_marker=require_end_marker)
         seen: set[str] = set()
         for index, (key, group) in enumerate(_groups(members)):

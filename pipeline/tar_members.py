@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from pipeline.errors import ShardDamaged, ShardTruncated, ShardUnreadable
+from pipeline.errors import ShardDamaged, ShardError, ShardTruncated, ShardUnreadable
 from pipeline.records import ObjectInfo
 
 BLOCK = 512
@@ -95,6 +95,8 @@ class _Reader:
     def _guarded(self, read: Callable[[int], bytes], size: int) -> bytes:
         try:
             return read(size)
+        except ShardError:
+            raise
         except EOFError as error:
             raise ShardTruncated(self._shard.url, f"the gzip stream is cut: {error}") from error
         except (gzip.BadGzipFile, zlib.error) as error:

@@ -49,6 +49,10 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
+def is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
 def is_web(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 

@@ -127,17 +127,19 @@ def test_a_lease_is_renewed_often_enough_to_live(output: OutputPrefix, monkeypat
 def test_a_store_that_fails_for_a_while_does_not_end_the_renewals(
     output: OutputPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, failures = storage.publish, [StorageError("503"), FileNotFoundError("no bucket"), OSError("reset")]
+    real, failures = storage.swap, [StorageError("503"), FileNotFoundError("no bucket"), OSError("reset")]
 
-    def publish(url: str, data: bytes) -> None:
+    def swap(url: str, data: bytes, old: bytes) -> bool:
+        if len(failures) == 1:
+            real(url, data, old)  # it succeeded, but its answer is lost
         if failures:
             raise failures.pop()
-        real(url, data)
+        return real(url, data, old)
 
     monkeypatch.setattr(lease_module, "RENEW_S", 0.01)
     with Lease(output):
         first = stored(output)["renewed"]
-        monkeypatch.setattr(storage, "publish", publish)
+        monkeypatch.setattr(storage, "swap", swap)
         deadline = time.monotonic() + 10
         while stored(output)["renewed"] == first and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -150,14 +152,48 @@ def test_a_lease_that_another_took_meanwhile_is_not_removed(output: OutputPrefix
     assert stored(output) == {"writer": "another"}
 
 
-def test_of_two_that_take_over_at_once_one_is_told(output: OutputPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found", ["a dead lease", "one that is given back at that moment"])
+def test_of_two_that_take_over_at_once_one_is_told(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
     left_behind(output, pid=gone_process())
-    real = storage.publish
+    other = b'{"writer": "the other one"}'
+    real = storage.read_bytes
 
-    def publish(url: str, data: bytes) -> None:
-        real(url, data)
-        real(url, b'{"writer": "the other one"}')  # just after us
+    def read_bytes(url: str) -> bytes:
+        if found == "a dead lease":
+            data = real(url)
+            storage.publish(url, other)  # just after we looked
+            return data
+        storage.publish(url, other)
+        raise FileNotFoundError(url)
 
-    monkeypatch.setattr(storage, "publish", publish)
-    with pytest.raises(RunHeld, match="at the same moment"), Lease(output):
-        pass
+    with pytest.raises(RunHeld, match="at the same moment"), monkeypatch.context() as patch:
+        patch.setattr(storage, "read_bytes", read_bytes)
+        with Lease(output):
+            pass
+    assert stored(output) == {"writer": "the other one"}
+
+
+@pytest.mark.parametrize("round", range(5))
+def test_of_many_that_take_over_a_dead_lease_at_once_exactly_one_holds_it(output: OutputPrefix, round: int) -> None:
+    left_behind(output, pid=gone_process())
+    start, end = threading.Barrier(6), threading.Barrier(6)
+    held: list[bool] = []
+
+    def drive() -> None:
+        start.wait()
+        try:
+            with Lease(output):
+                held.append(True)
+                end.wait()
+        except RunHeld:
+            held.append(False)
+            end.wait()
+
+    threads = [threading.Thread(target=drive) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(held) == [False] * 5 + [True]

@@ -39,7 +39,7 @@ LISTED_STILL = ["mortal://in/kept.tar"]
 
 
 def infos(urls: list[str]) -> list[ObjectInfo]:
-    return [ObjectInfo(url, len(SHARDS[url]), "etag") for url in urls]
+    return [ObjectInfo(url, len(SHARDS[url]), "") for url in urls]
 
 
 def planned(urls: list[str]) -> Plan:

@@ -220,7 +220,7 @@ def test_a_damaged_errors_file_is_said_so_and_the_others_are_looked_at(world: Wo
 
 
 OUTPUT = OutputPrefix("mortal://out")
-SHARD = ObjectInfo("mortal://in/picky.tar", len(SHARDS["picky.tar"]), "etag")
+SHARD = ObjectInfo("mortal://in/picky.tar", len(SHARDS["picky.tar"]), "")
 
 
 def mortal_plan() -> Plan:

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import tarfile
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from PIL import Image
 
 from make_data import image_bytes, listed, sample_members, tar_bytes
 from pipeline import storage
-from pipeline.errors import ShardTruncated
+from pipeline.errors import ShardChanged
 from pipeline.images import FORMATS
+from pipeline.ranged_reader import BLOCK_BYTES
 from pipeline.records import FailureReason, RawSample
 from pipeline.shards import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, read_samples, split_key
 
@@ -230,19 +232,22 @@ def test_an_empty_image_member_is_kept_for_the_decoder_to_refuse(tmp_path: Path)
     assert (sample.image, sample.size, sample.failure) == (b"", 0, None)
 
 
-def test_a_shard_that_shrank_since_it_was_listed_is_truncated(tmp_path: Path) -> None:
+def test_a_shard_that_shrank_since_it_was_listed_is_another_one(tmp_path: Path) -> None:
     path = write(tmp_path, sample_members(0, 8))
     shard = listed(path)
     path.write_bytes(tar_bytes(sample_members(0, 1)))
-    with pytest.raises(ShardTruncated, match="were listed"):
+    with pytest.raises(ShardChanged, match=r"10240 bytes.*than the one listed.*30720 bytes"):
         list(read_samples(shard))
 
 
-def test_leaving_early_closes_the_file(tmp_path: Path) -> None:
-    shard = listed(write(tmp_path, sample_members(0, 3)))
+def test_leaving_early_leaves_no_file_open_and_no_thread(tmp_path: Path) -> None:
+    shard = listed(write(tmp_path, [*sample_members(0, 3), ("large.bin", bytes(3 * BLOCK_BYTES))]))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     reading = read_samples(shard)
     next(reading)
-    assert len(os.listdir("/proc/self/fd")) == before + 1  # noqa: PTH208
     reading.close()
+    for thread in threading.enumerate():
+        if thread.name == "fetch":  # the next block, which was under way
+            thread.join(10)
+    assert not [t for t in threading.enumerate() if t.name == "fetch"]
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

@@ -1,0 +1,115 @@
+"""The bytes of one shard: those of the object that was listed, all of one version, in order, and as the store has them.
+
+storage.py reads, ranged_reader.py asks again. A tar says by itself where it ends: tar_members.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable
+from typing import BinaryIO, cast
+
+from pipeline import storage
+from pipeline.errors import ShardChanged, ShardUnreadable
+from pipeline.ranged_reader import Fetch, RangedReader
+from pipeline.records import ObjectInfo
+from pipeline.store_requests import is_changed, is_passing
+from pipeline.stored_object import StoredObject
+from pipeline.urls import is_local, public_url
+
+log = logging.getLogger(__name__)
+_without_md5: set[str] = set()  # scheme and bucket of stores, in this process, whose marks were found to be no MD5s
+
+
+def open_shard(shard: ObjectInfo) -> BinaryIO:
+    """A stream from front to back; to know that all is well, read on until it gives nothing. Raises ShardChanged where
+    the object is not the one that was listed or is replaced meanwhile, and ShardUnreadable, FileNotFoundError,
+    StorageError."""
+    found = storage.look_at(shard.url)
+    if found.size_bytes is None:
+        raise ShardUnreadable(shard.url, "its server does not say how long it is, so a cut one could not be told")
+    _require_same(shard, found)
+    raw = _ranges(shard, found) if found.fetch else storage.open_stream(shard.url)
+    return cast(BinaryIO, _Checked(raw, lambda md5: _check_end(shard, found, md5)))
+
+
+def _ranges(shard: ObjectInfo, found: StoredObject) -> BinaryIO:
+    fetch = _final_or_not(shard, found)
+    return cast(BinaryIO, RangedReader(public_url(shard.url), fetch, shard.size_bytes))
+
+
+def _require_same(shard: ObjectInfo, found: ObjectInfo | StoredObject) -> None:
+    if found.size_bytes != shard.size_bytes or shard.etag not in ("", found.etag):
+        here, there = (f"{one.size_bytes} bytes, mark {one.etag!r}" for one in (found, shard))
+        raise ShardChanged(shard.url, f"is another object ({here}) than the one listed ({there}); run again to take it")
+
+
+def _final_or_not(shard: ObjectInfo, found: StoredObject) -> Fetch:
+    """Say of each failure whether asking again may help."""
+    read = found.fetch
+    assert read is not None
+
+    def fetch(start: int, end: int) -> bytes:
+        try:
+            return read(start, end)
+        except Exception as error:  # each store's client raises its own kinds, botocore's are no OSError
+            if is_changed(error):
+                detail = (
+                    f"was replaced while it was read (it was listed with mark {shard.etag!r}); run again to take it"
+                )
+                raise ShardChanged(shard.url, detail) from error
+            if is_local(shard.url) or not is_passing(error):
+                raise ShardUnreadable(shard.url, f"{type(error).__name__}: {error}") from error
+            raise
+
+    return fetch
+
+
+def _check_end(shard: ObjectInfo, found: StoredObject, md5: bytes) -> None:
+    """After the last byte: it is the same object still, and these are its bytes."""
+    now = storage.stat(shard.url)
+    if now is None:
+        raise ShardChanged(shard.url, "was removed while it was read; run again, or put it back")
+    _require_same(shard, now)
+    bucket = "/".join(shard.url.split("/", 3)[:3])
+    if found.md5 in (None, md5) or bucket in _without_md5:
+        return
+    if _md5_again(shard, found) != md5:
+        raise ShardUnreadable(shard.url, "came damaged: the bytes do not have the store's MD5")
+    # Twice the same bytes: the line is sound, and so it is the mark that is something else.
+    _without_md5.add(bucket)
+    log.warning("%s marks its objects with no MD5 of their content (so do encrypted buckets): "
+                "from here on its shards are checked by their size and their tar only", public_url(bucket))  # fmt: skip
+
+
+def _md5_again(shard: ObjectInfo, found: StoredObject) -> bytes:
+    md5 = hashlib.md5(usedforsecurity=False)
+    raw = _ranges(shard, found) if found.fetch else storage.open_stream(shard.url)
+    for chunk in iter(lambda: raw.read(1 << 20), b""):
+        md5.update(chunk)
+    return md5.digest()
+
+
+class _Checked(io.RawIOBase):
+    """Hashes what passes, and calls `at_end` with the MD5 before it says that there is no more."""
+
+    def __init__(self, raw: BinaryIO, at_end: Callable[[bytes], None]) -> None:
+        self._raw, self._at_end, self._ended = raw, at_end, False
+        self._md5 = hashlib.md5(usedforsecurity=False)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._raw.read(size)
+        self._md5.update(data)
+        if not data and size != 0 and not self._ended:
+            self._ended = True
+            self._at_end(self._md5.digest())
+        return data
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
