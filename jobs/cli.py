@@ -97,14 +97,24 @@ def verify(
     rebuild_ledger: Annotated[
         bool, typer.Option("--rebuild-ledger", help="make the ledger again from the parts and the errors files")
     ] = False,
+    sample: Annotated[
+        float | None, typer.Option(help="tokenise this share of the images again and compare", min=0.0, max=1.0)
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="for --sample: the checkpoint that made the tokens")] = None,
+    seed: Annotated[int, typer.Option(help="for --sample: another one chooses other images", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="for --sample: cpu or cuda; that of the run without it")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Is every image accounted for, and every file? Exit code 0: all is there and right."""
+    from jobs.sample_report import SampleSettings
     from jobs.verify import run_verify
 
     if quick and rebuild_ledger:
         raise typer.BadParameter("a ledger is made from every byte of the parts: leave out --quick")
-    return run_verify(output, as_json=as_json, quick=quick, rebuild=rebuild_ledger)
+    if (sample is None) != (checkpoint is None):
+        raise typer.BadParameter("--sample and --checkpoint belong together: give both")
+    settings = None if sample is None or checkpoint is None else SampleSettings(sample, checkpoint, seed, device)
+    return run_verify(output, as_json=as_json, quick=quick, rebuild=rebuild_ledger, sample=settings)
 
 
 @app.command()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from rich.console import Console
 from rich.markup import escape
 
 from jobs.progress import JobProgress
+from jobs.sample_report import SampleReport, SampleSettings, sample_lines
 from pipeline import storage
 from pipeline.lease import Lease, is_held
 from pipeline.ledger import Ledger
@@ -33,10 +34,12 @@ class Tally:
     num_failed: int = 0
     part_bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
+    rows: list[ShardResult] = field(default_factory=list)
 
     def add(self, check: ShardCheck) -> None:
         self.problems += check.problems
         if (row := check.row) is not None:
+            self.rows.append(row)
             self.num_done += row.state is ShardState.DONE
             self.num_quarantined += row.state is ShardState.QUARANTINED
             self.num_images += row.num_rows
@@ -64,22 +67,38 @@ class Report:
     part_bytes: int
     num_without_sha256: int
     problems: tuple[Problem, ...]
+    sample: SampleReport | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.complete and (self.sample is None or self.sample.is_right) else 1
 
 
-def run_verify(output_url: str, *, as_json: bool, quick: bool = False, rebuild: bool = False) -> int:
-    """0 when all is there and right, 1 when anything is not. Raises NoRun, RunHeld, StorageError."""
+def run_verify(
+    output_url: str,
+    *,
+    as_json: bool,
+    quick: bool = False,
+    rebuild: bool = False,
+    sample: SampleSettings | None = None,
+) -> int:
+    """0 when all is there and right, 1 when anything is not. Raises NoRun, RunHeld, RunMismatch, StorageError."""
     output = OutputPrefix(storage.normalize(output_url))
-    report = rebuild_ledger(output) if rebuild else verify(output, quick=quick)
+    if sample is not None:
+        from jobs.verify_sample import sample_source
+
+        sample_source(require_run(output), sample)  # a wrong checkpoint is said at once
+    report = rebuild_ledger(output, sample) if rebuild else verify(output, quick=quick, sample=sample)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps(asdict(report)))
     else:
         for line in _lines(report):
             console.print(line)
-    return 0 if report.complete else 1
+    return report.exit_code
 
 
-def verify(output: OutputPrefix, *, quick: bool) -> Report:
+def verify(output: OutputPrefix, *, quick: bool, sample: SampleSettings | None = None) -> Report:
     """The report of one output; a driver at work there is not disturbed."""
     running = is_held(output)
     verification, tally = Verification(output), Tally()
@@ -90,23 +109,32 @@ def verify(output: OutputPrefix, *, quick: bool) -> Report:
         problems += run_problems(output, verification.table, verification.rows)
     else:  # that says all that the missing rows would say
         problems = [verification.ledger_problem, *(p for p in problems if p.kind is not ProblemKind.UNRECORDED)]
-    return _report(output, verification.rows, tally, problems, running=running, quick=quick)
+    report = _report(output, verification.rows, tally, problems, running=running, quick=quick)
+    return _with_sample(report, verification, tally, sample)
 
 
-def rebuild_ledger(output: OutputPrefix) -> Report:
+def rebuild_ledger(output: OutputPrefix, sample: SampleSettings | None = None) -> Report:
     """Make the ledger again from every byte of the parts and the errors files; what is torn or wrong gets no row.
     Raises RunHeld beside a driver at work."""
     require_run(output)
     with Lease(output):
         verification, tally = Verification(output, without_ledger=True), Tally()
-        rows: list[ShardResult] = []
         for check in _checks(verification, tally, quick=False):
             tally.add(check)
-            rows += [check.row] if check.row is not None else []
-        Ledger(output).rewrite(rows)
+        Ledger(output).rewrite(tally.rows)
     problems = [p for p in tally.problems if p.kind is not ProblemKind.UNRECORDED]
-    problems += [*left_behind(output), *run_problems(output, verification.table, rows)]
-    return _report(output, rows, tally, problems, running=False, quick=False)
+    problems += [*left_behind(output), *run_problems(output, verification.table, tally.rows)]
+    report = _report(output, tally.rows, tally, problems, running=False, quick=False)
+    return _with_sample(report, verification, tally, sample)
+
+
+def _with_sample(report: Report, verification: Verification, tally: Tally, sample: SampleSettings | None) -> Report:
+    if sample is None:
+        return report
+    from jobs.verify_sample import compare_sample
+
+    done = [row for row in tally.rows if row.state is ShardState.DONE]
+    return replace(report, sample=compare_sample(verification.output, verification.run, done, sample))
 
 
 def _checks(verification: Verification, tally: Tally, *, quick: bool) -> Iterator[ShardCheck]:
@@ -135,6 +163,8 @@ def _report(
 def _lines(report: Report) -> Iterator[str]:
     for name, value in _counts(report):
         yield f"{name:<12}{escape(value)}"
+    if report.sample is not None:
+        yield from (f"{name:<12}{escape(value)}" for name, value in sample_lines(report.sample))
     counts = Counter(problem.kind for problem in report.problems)
     for kind in ProblemKind:
         if counts[kind]:
@@ -149,7 +179,7 @@ def _lines(report: Report) -> Iterator[str]:
 def _counts(report: Report) -> Iterator[tuple[str, str]]:
     yield "run", report.output + (" (a driver is at work: what it is writing may be named here)" * report.running)
     yield "tokenizer", report.tokenizer_id
-    yield "read", "footers and listings" if report.quick else "every byte of every part"
+    yield "checked", "footers and listings" if report.quick else "every byte of every part"
     yield "shards", f"{report.num_done:,} done and right, {report.num_quarantined:,} quarantined"
     num_all = report.num_images + report.num_failed
     yield "images", f"{num_all:,} = {report.num_images:,} rows + {report.num_failed:,} errors"

@@ -65,7 +65,15 @@ class DVAETokenizer:
         """uint8 (B, size, size, 3) → int32 (B, H, W), each in [0, codebook_size)."""
         self._check_pixels(pixels_BHWC)
         with self._inference():
-            return self._in_batches(pixels_BHWC, self._encode_batch, np.empty((0, *self.grid), np.int32))
+            return self._in_batches(self._encode_batch, np.empty((0, *self.grid), np.int32), pixels_BHWC)
+
+    def margins(self, pixels_BHWC: NDArray[np.uint8], tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """By how much the best logit at each position beats that of the given token, (B, H, W): how near a tie a
+        token was that `encode` gives otherwise; 0 where it is the same."""
+        self._check_pixels(pixels_BHWC)
+        self._check_tokens(tokens_BHW)
+        with self._inference():
+            return self._in_batches(self._margins_batch, np.empty((0, *self.grid), np.float32), pixels_BHWC, tokens_BHW)
 
     def decode(self, tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """Integers (B, H, W) → uint8 (B, H·f, W·f, 3)."""
@@ -73,14 +81,23 @@ class DVAETokenizer:
         f = self._model.config.downsample
         none = np.empty((0, tokens_BHW.shape[1] * f, tokens_BHW.shape[2] * f, 3), np.uint8)
         with self._inference():
-            return self._in_batches(tokens_BHW, self._decode_batch, none)
+            return self._in_batches(self._decode_batch, none, tokens_BHW)
 
     def _encode_batch(self, pixels_bHWC: NDArray[np.uint8]) -> NDArray[np.int32]:
+        tokens_N = _chunked_argmax(self._encoded(pixels_bHWC), self._model.tables())
+        return tokens_N.reshape(len(pixels_bHWC), *self.grid)
+
+    def _margins_batch(
+        self, pixels_bHWC: NDArray[np.uint8], tokens_bHW: NDArray[np.integer[Any]]
+    ) -> NDArray[np.float32]:
+        tokens_N = torch.from_numpy(tokens_bHW.astype(np.int64).reshape(-1)).to(self._device)
+        margins_N = _chunked_margins(self._encoded(pixels_bHWC), tokens_N, self._model.tables())
+        return margins_N.reshape(len(pixels_bHWC), *self.grid)
+
+    def _encoded(self, pixels_bHWC: NDArray[np.uint8]) -> Tensor:
         x_BCHW = losses.map_pixels(torch.from_numpy(pixels_bHWC).to(self._device))
         with self._autocast():
-            z_NC = self._model.encode(x_BCHW)
-        tokens_N = _chunked_argmax(z_NC, self._model.tables())
-        return tokens_N.reshape(len(pixels_bHWC), *self.grid)
+            return self._model.encode(x_BCHW)
 
     def _decode_batch(self, tokens_bHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         tokens_N = torch.from_numpy(tokens_bHW.astype(np.int64).reshape(-1)).to(self._device)
@@ -90,19 +107,19 @@ class DVAETokenizer:
         return losses.to_uint8(losses.reconstruction(stats_BCHW)).cpu().numpy()
 
     def _in_batches(
-        self,
-        rows: NDArray[Any],
-        one_batch: Callable[[NDArray[Any]], NDArray[Any]],
-        none: NDArray[Any],
+        self, one_batch: Callable[..., NDArray[Any]], none: NDArray[Any], *arrays: NDArray[Any]
     ) -> NDArray[Any]:
         """Apply `one_batch` to batches of one fixed shape; the last is filled up with zeros, and cut again."""
         done = [none]
-        for start in range(0, len(rows), self._batch_size):
-            part = rows[start : start + self._batch_size]
-            padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
-            padded[: len(part)] = part
-            done.append(one_batch(padded)[: len(part)])
+        for start in range(0, len(arrays[0]), self._batch_size):
+            parts = [rows[start : start + self._batch_size] for rows in arrays]
+            done.append(one_batch(*map(self._padded, parts))[: len(parts[0])])
         return np.concatenate(done)
+
+    def _padded(self, rows: NDArray[Any]) -> NDArray[Any]:
+        padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
+        padded[: len(rows)] = rows
+        return padded
 
     def _check_pixels(self, pixels_BHWC: NDArray[np.uint8]) -> None:
         size = self.image_spec["size"]
@@ -135,9 +152,22 @@ class DVAETokenizer:
 
 def _chunked_argmax(z_NC: Tensor, tables: CodeTables) -> NDArray[np.int32]:
     """argmax of the logits, never holding more of them than a chunk."""
-    chunk = max(1, CHUNK_BYTES // (4 * tables.keys_KC.shape[0]))
-    parts = [_argmax(quantizer.logits(each, tables)) for each in torch.split(z_NC, chunk)]
+    parts = [_argmax(quantizer.logits(each, tables)) for each in torch.split(z_NC, _chunk(tables))]
     return np.concatenate(parts)
+
+
+def _chunked_margins(z_NC: Tensor, tokens_N: Tensor, tables: CodeTables) -> NDArray[np.float32]:
+    chunks = zip(torch.split(z_NC, _chunk(tables)), torch.split(tokens_N, _chunk(tables)), strict=True)
+    return np.concatenate([_margins(quantizer.logits(z_nC, tables), tokens_n) for z_nC, tokens_n in chunks])
+
+
+def _margins(logits_NK: Tensor, tokens_N: Tensor) -> NDArray[np.float32]:
+    chosen_N = logits_NK.gather(1, tokens_N[:, None])[:, 0]
+    return np.asarray((logits_NK.amax(dim=1) - chosen_N).cpu().numpy(), dtype=np.float32)
+
+
+def _chunk(tables: CodeTables) -> int:
+    return max(1, CHUNK_BYTES // (4 * tables.keys_KC.shape[0]))
 
 
 def _argmax(logits_NK: Tensor) -> NDArray[np.int32]:

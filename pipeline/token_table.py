@@ -220,12 +220,26 @@ def read_tokens(
         if limit is not None and len(rows) >= limit:
             break
         table = read_table([url], where=None if keys is None else ds.field("key").isin(list(keys)))
-        if not table.num_rows:
-            continue
-        tokens_BN = table["tokens"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-        plain = table.drop_columns(["tokens"]).to_pylist()
-        rows += [{**row, "tokens": tokens_N} for row, tokens_N in zip(plain, tokens_BN, strict=True)]
+        rows += _token_rows(table)
     return rows if limit is None else rows[:limit]
+
+
+def read_tokens_at(url: str, indexes: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """As `read_tokens`, `columns` and the tokens of the samples with these indexes that have a row. Raises
+    StorageError."""
+    try:
+        table = read_table([url], [*columns, "tokens"], where=ds.field("index").isin(list(indexes)))
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{storage.public_url(url)} cannot be read: {error}") from error
+    return _token_rows(table)
+
+
+def _token_rows(table: pa.Table) -> list[dict[str, Any]]:
+    if not table.num_rows:
+        return []
+    tokens_BN = table["tokens"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    plain = table.drop_columns(["tokens"]).to_pylist()
+    return [{**row, "tokens": tokens_N} for row, tokens_N in zip(plain, tokens_BN, strict=True)]
 
 
 def read_errors(url: str) -> list[SampleFailure]:

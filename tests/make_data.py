@@ -166,19 +166,23 @@ def folder_bytes(folder: Path, pattern: str = "*") -> dict[str, bytes]:
 
 
 def write_checkpoint(folder: Path, seed: int = 0, size: int = 16, width: int = 16) -> Path:
-    """A small dVAE with random weights: 2x2 tokens of 64 codes for images of 16 pixels; smaller ones are enlarged."""
+    """A small dVAE with seeded weights that give different images different tokens: 2x2 of 64 codes for images of 16
+    pixels; smaller ones are enlarged."""
     import torch
 
     from model.checkpoint import checkpoint_files
     from model.config import DVAEConfig
-    from model.dvae import DVAE
+    from model.dvae import seeded_dvae
     from pipeline.images import ImageSpec
 
-    torch.manual_seed(seed)
     config = DVAEConfig(codebook_size=64, width=width, decoder_init=16, blocks_per_group=1, stem="strided")
-    spec = ImageSpec(size=size, small="upscale").to_json()
+    model, first = seeded_dvae(config, seed), "encoder.blocks.input"
+    with torch.no_grad():  # centred on grey and louder, as in test_golden_tokens.py
+        model.get_parameter(f"{first}.b").copy_(-2.0 * model.get_parameter(f"{first}.w").sum(dim=(1, 2, 3)))
+        model.get_parameter(f"{first}.w").mul_(4.0)
+    spec, weights = ImageSpec(size=size, small="upscale").to_json(), dict(model.state_dict())
     files = checkpoint_files(
-        weights=DVAE(config).state_dict(), dvae_config=config, image_spec=spec, step=0, training_state=None, extra={}
+        weights=weights, dvae_config=config, image_spec=spec, step=0, training_state=None, extra={}
     )
     for name, data in files.items():
         storage.publish(str(folder / name), data)

@@ -49,6 +49,24 @@ def test_tokens_are_the_argmax_of_the_encoders_logits(head, stem):
     assert len(np.unique(tokens_BHW)) > 1
 
 
+@pytest.mark.parametrize("head", ["conv", "inner_product"])
+def test_margins_are_by_how_much_the_best_logit_beats_that_of_a_token(head):
+    config = DVAEConfig(64, 8, 16, 1, 16, head, 8)
+    model, pixels_BHWC = seeded_dvae(config, 0), _pixels(5)
+    tokenizer = DVAETokenizer(_checkpoint(config), batch_size=2)
+    tokens_BHW = tokenizer.encode(pixels_BHWC)
+    assert not tokenizer.margins(pixels_BHWC, tokens_BHW).any()
+    others_BHW = np.random.default_rng(0).integers(0, 64, tokens_BHW.shape)
+    with torch.no_grad():
+        logits_NK = quantizer.logits(model.encode(losses.map_pixels(torch.from_numpy(pixels_BHWC))), model.tables())
+    others_N = logits_NK[torch.arange(len(logits_NK)), torch.from_numpy(others_BHW.reshape(-1))]
+    expected_BHW = (logits_NK.amax(dim=1) - others_N).numpy().reshape(tokens_BHW.shape)
+    margins_BHW = tokenizer.margins(pixels_BHWC, others_BHW.astype(np.int16))
+    assert margins_BHW.dtype == np.float32
+    np.testing.assert_allclose(margins_BHW, expected_BHW, atol=1e-5)
+    assert (margins_BHW[others_BHW != tokens_BHW] > 0).all() and margins_BHW.max() > 1e-3
+
+
 def test_an_images_tokens_do_not_depend_on_its_neighbours_their_order_or_their_number():
     tokenizer, pixels_BHWC = DVAETokenizer(_checkpoint(), batch_size=4), _pixels(11)
     together = tokenizer.encode(pixels_BHWC)

@@ -19,7 +19,7 @@ from jobs.tokenize_dataset import run_tokenize
 from jobs.verify import Report, verify
 from make_data import folder_bytes, write_checkpoint
 from make_run import part_of, record_part, rewrite_part, run_config, tokenize_here, write_shard
-from pipeline import storage
+from pipeline import part_check, storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix
@@ -86,10 +86,20 @@ def test_a_complete_run_is_said_to_be_complete_with_its_counts(output: Path, qui
 
 
 def flip(path: Path) -> None:
-    """In the last page."""
-    data = bytearray(path.read_bytes())
-    data[-8 - pq.read_metadata(path).serialized_size - 3] ^= 0x10
-    path.write_bytes(data)
+    """A bit of a page, so that other rows are read, without an error where nobody asks for the checksums."""
+    data, rows = path.read_bytes(), pq.read_table(path)
+    for position in range(4, len(data) - 8 - pq.read_metadata(path).serialized_size):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        try:
+            if not pq.read_table(path).equals(rows):
+                return
+        except (OSError, pa.ArrowException):
+            continue
+    raise AssertionError("no such bit")
+
+
+def flip_first(path: Path) -> None:
+    path.write_bytes(b"Q" + path.read_bytes()[1:])
 
 
 def cut(path: Path) -> None:
@@ -127,6 +137,8 @@ PARTS = {
     "empty": lambda out: part_of(out, GOOD).write_bytes(b""),
     "no Parquet": lambda out: part_of(out, GOOD).write_bytes(b"x" * 1000),
     "a flipped byte of a part without sha256": lambda out: forget_sha(out) or flip(part_of(out, GOOD)),
+    "a flipped first byte of a part without sha256": lambda out: forget_sha(out) or flip_first(part_of(out, GOOD)),
+    "a footer field of another type": lambda out: rewrite_part(out, GOOD, shard_size="many"),
     "token too large": lambda out: rewrite_part(
         out, GOOD, with_column("tokens", lambda t: [*t[:-1], [64, *t[-1][1:]]])
     ),
@@ -153,11 +165,14 @@ PARTS = {
     "fewer rows than the ledger": lambda out: record_part(out, part_of(out, GOOD), num_rows=5),
     "other failures than the ledger": lambda out: record_part(out, part_of(out, GOOD), num_failed=1),
 }
-TORN = {"a flipped byte", "cut", "empty", "no Parquet", "a flipped byte of a part without sha256"}
+TORN = {
+    "a flipped byte", "cut", "empty", "no Parquet", "a flipped byte of a part without sha256",
+    "a flipped first byte of a part without sha256", "a footer field of another type",
+}  # fmt: skip
 QUICK_PASSES = {  # what only the bytes themselves can say
-    "a flipped byte", "a flipped byte of a part without sha256", "token too large", "token negative", "key twice",
-    "order", "index twice", "index missing", "index of an error", "another shard", "offset outside",
-    "offset negative", "size negative",
+    "a flipped byte", "a flipped byte of a part without sha256", "a flipped first byte of a part without sha256",
+    "token too large", "token negative", "key twice", "order", "index twice", "index missing", "index of an error",
+    "another shard", "offset outside", "offset negative", "size negative",
 }  # fmt: skip
 
 
@@ -205,6 +220,7 @@ ERRORS = {
     "a row less": lambda out: rewrite_errors(out, lambda rows: rows[:1]),
     "a row more": lambda out: rewrite_errors(out, lambda rows: pa.concat_tables([rows, rows[:1]])),
     "another shard": lambda out: rewrite_errors(out, with_column("shard", lambda s: ["/else.tar", *s[1:]])),
+    "a last row of another shard": lambda out: rewrite_errors(out, with_column("shard", lambda s: [s[0], "/else.tar"])),
     "all of another shard": lambda out: rewrite_errors(out, with_column("shard", lambda s: ["/else.tar"] * len(s))),
     "unknown stage": lambda out: rewrite_errors(out, with_column("stage", lambda s: ["guess", *s[1:]])),
     "unknown reason": lambda out: rewrite_errors(out, with_column("reason", lambda s: ["bad luck", *s[1:]])),
@@ -239,6 +255,29 @@ def test_a_stale_errors_file_is_named_and_removing_it_is_enough(output: Path) ->
     for quick in (False, True):
         assert found(output, quick=quick) == {"wrong": [errors(output, GOOD)]}
     assert "it is stale" in said(output, "wrong")
+
+
+def test_a_part_of_other_bytes_is_torn_though_it_is_right_in_itself(output: Path) -> None:
+    """A token is another one: only the ledger's sha256 knows, and a quick look only where the size tells."""
+    path = part_of(output, GOOD)
+    size, rows = path.stat().st_size, pq.read_table(path)
+    for token in range(64):
+        changed = with_column("tokens", lambda t, token=token: [[token, *t[0][1:]], *t[1:]])(rows)
+        pq.write_table(changed, path, compression="zstd", write_page_checksum=True)
+        if path.stat().st_size == size and not changed.equals(rows):
+            break
+    assert found(output) == {"torn": [tokens(output, GOOD)]} and "its sha256 is" in said(output, "torn")
+    assert found(output, quick=True) == {}
+    pq.write_table(rows, path, compression="none")
+    assert found(output) == found(output, quick=True) == {"torn": [tokens(output, GOOD)]}
+    assert f"bytes, the ledger says {size}" in said(output, "torn")
+    forget_sha(output)
+    assert found(output) == {"torn": [tokens(output, GOOD)]}
+
+
+def test_a_footer_longer_than_one_request_is_read_in_two(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_check, "END_BYTES", 50)
+    assert report(output, quick=True).complete
 
 
 def test_two_parts_with_each_others_content_are_both_torn(output: Path) -> None:
@@ -393,6 +432,15 @@ def test_a_quarantined_shard_without_its_errors_file_is_named(quarantined: Token
     assert found(output) == {"missing": [lost], "incomplete": ["manifest.json"]}
 
 
+def test_a_quarantined_shard_with_other_errors_beside_is_wrong(quarantined: TokenizeConfig) -> None:
+    output = Path(quarantined.output)
+    path = output / lost_file(output)
+    rows = pq.read_table(path)
+    beside = pa.Table.from_pylist([{**rows.to_pylist()[0], "stage": "read", "index": 0}], schema=rows.schema)
+    pq.write_table(pa.concat_tables([rows, beside]), path)
+    assert found(output) == {"wrong": [lost_file(output)], "incomplete": ["manifest.json"]}
+
+
 def test_a_quarantined_shard_that_the_ledger_does_not_know_is_named_twice(quarantined: TokenizeConfig) -> None:
     output = Path(quarantined.output)
     lost, ledger = lost_file(output), Ledger(OutputPrefix(quarantined.output))
@@ -410,6 +458,7 @@ def test_a_part_of_a_shard_that_the_ledger_calls_quarantined_is_not_recorded(qua
     ledger.rewrite(rows.values())
     (output / "manifest.json").unlink()
     assert found(output) == {"unrecorded": [tokens(output, "bad")], "incomplete": ["manifest.json"]}
+    assert said(output, "unrecorded") == "the ledger says that its shard is quarantined"
     assert tokenize_here(quarantined) == 0
     assert report(output).complete
 
