@@ -250,6 +250,24 @@ def test_an_index_in_the_errors_that_is_not_the_lost_ones_is_a_sample_without_a_
     assert "sample 3 of the shard has neither a row nor an error" in said(output, "wrong")
 
 
+def test_a_sample_with_a_row_and_an_error_is_named(output: Path) -> None:
+    """And none is without, so that the numbers alone would fit the indexes."""
+    rewrite_errors(output, with_column("index", lambda index: [0, 2]))
+    assert found(output) == {"wrong": [tokens(output, MIXED)]}
+    assert said(output, "wrong") == "sample 2 has a row and an error (so have 1 in all)"
+
+
+def test_one_error_that_gives_up_the_shard_is_wrong_beside_a_part(output: Path) -> None:
+    rewrite_part(output, GOOD, num_failed=1)
+    record_part(output, part_of(output, GOOD), num_failed=1)
+    pq.write_table(as_quarantine(pq.read_table(errors_file(output))[:1]), output / errors(output, GOOD))
+    (output / "manifest.json").unlink()
+    rows = pq.read_table(output / errors(output, GOOD))
+    shard = pq.read_table(part_of(output, GOOD))["shard"][0].as_py()
+    pq.write_table(with_column("shard", lambda s: [shard])(rows), output / errors(output, GOOD))
+    assert found(output) == {"wrong": [errors(output, GOOD)], "incomplete": ["manifest.json"]}
+
+
 def test_a_stale_errors_file_is_named_and_removing_it_is_enough(output: Path) -> None:
     shutil.copy(errors_file(output), output / errors(output, GOOD))
     for quick in (False, True):
@@ -308,7 +326,7 @@ def rewritten(output: Path) -> Path:
     return copy
 
 
-def test_files_that_no_shard_accounts_for_are_foreign_and_never_read_whole(
+def test_files_that_no_shard_accounts_for_are_foreign_and_not_read_whole_where_a_footer_tells(
     config: TokenizeConfig, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = output / "tokens" / "notes-12345678.parquet"
@@ -320,18 +338,22 @@ def test_files_that_no_shard_accounts_for_are_foreign_and_never_read_whole(
     shutil.copy(strange, output / "tokens" / "strange-12345678.parquet")
     shutil.rmtree(output.parent / "rewritten")
     shutil.copy(plain, output / "errors" / plain.name)
+    shutil.copy(errors_file(output), output / "errors" / "copy-87654321.parquet")
     for folder in ("tokens", "errors"):
         (output / folder / "README.md").write_text("hello")
     (output / "tokens" / ".a.parquet.0123.tmp").write_bytes(b"half")
     expected = [
-        "errors/README.md", "errors/notes-12345678.parquet", "tokens/.a.parquet.0123.tmp", "tokens/README.md",
-        "tokens/copy-07b9ca0a.parquet", "tokens/strange-12345678.parquet", "tokens/notes-12345678.parquet",
+        "errors/README.md", "errors/copy-87654321.parquet", "errors/notes-12345678.parquet",
+        "tokens/.a.parquet.0123.tmp", "tokens/README.md", "tokens/copy-07b9ca0a.parquet",
+        "tokens/strange-12345678.parquet", "tokens/notes-12345678.parquet",
         f"tokens/sub/{part_of(output, GOOD).name}",
     ]  # fmt: skip
     whole: list[str] = []
     monkeypatch.setattr(storage, "read_bytes", lambda url, real=storage.read_bytes: whole.append(url) or real(url))
     assert sorted(found(output)["foreign"]) == sorted(expected) and set(found(output)) == {"foreign"}
-    assert not {url for url in whole if any(url.endswith(name) for name in expected)}
+    assert {url for url in whole if any(url.endswith(name) for name in expected)} == {
+        str(output / "errors" / "copy-87654321.parquet")  # of which only the rows say so
+    }
     assert sorted(found(output, quick=True)["foreign"]) == sorted(expected)
 
 
@@ -487,6 +509,10 @@ def test_a_pruned_run_is_complete_and_an_unpruned_one_says_how_to_drop_what_is_b
     assert tokenize_here(made) == 0
     output = Path(made.output)
     assert report(output).complete
+    rows = Ledger(OutputPrefix(str(output))).read()
+    Ledger(OutputPrefix(str(output))).rewrite(row for row in rows.values() if row.part != part_of(output, GOOD).name)
+    assert "the ledger accounts for 2 of the 3 shards" in said(output, "incomplete")
+    Ledger(OutputPrefix(str(output))).rewrite(rows.values())
     gone = tokens(output, MIXED)
     (output / gone).unlink()
     assert found(output) == {"missing": [gone]}
@@ -507,7 +533,16 @@ def manifest_part(output: Path, **changes: Any) -> None:
     edit_json(output / "manifest.json", parts=[{**parts[0], **changes}, *parts[1:]])
 
 
+def forget_in_manifest(output: Path) -> None:
+    """One part less, and totals that fit."""
+    manifest = json.loads((output / "manifest.json").read_text())
+    part, *others = manifest["parts"]
+    totals = {name: manifest[name] - part[name] for name in ("num_rows", "num_failed")}
+    edit_json(output / "manifest.json", parts=others, num_done=len(others), **totals)
+
+
 MANIFESTS = {
+    "a part less and all that fits": forget_in_manifest,
     "no sha256 of these bytes": lambda out: manifest_part(out, sha256="0" * 64),
     "other bytes": lambda out: manifest_part(out, bytes=1),
     "another part": lambda out: manifest_part(out, part="x.parquet"),
