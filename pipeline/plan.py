@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import RunMismatch
+from pipeline.errors import Damaged, RunMismatch
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, listed, part_name, read_json
 from pipeline.records import ObjectInfo, ShardResult, ShardState
@@ -224,6 +224,10 @@ def _said(record: PlanRecord | None) -> tuple[Any, ...] | None:
 
 
 def read_plan_record(output: OutputPrefix) -> PlanRecord | None:
-    """None where no driver had work yet. Raises StorageError when it is damaged."""
-    stored = read_json(output.file("plan.json"))
-    return None if stored is None else PlanRecord(**{**stored, "removed": tuple(stored.get("removed", ()))})
+    """None where no driver had work yet. Raises Damaged, StorageError."""
+    url = output.file("plan.json")
+    stored = read_json(url)
+    try:
+        return None if stored is None else PlanRecord(**{**stored, "removed": tuple(stored.get("removed", ()))})
+    except TypeError as error:  # a field is missing, or unknown here
+        raise Damaged(f"{storage.public_url(url)} is damaged: {error}") from error

@@ -578,6 +578,15 @@ def test_a_torn_manifest_is_named_and_written_anew(config: TokenizeConfig, outpu
     assert report(output).complete
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"num_shards": 4, "more": 1}'])
+def test_a_torn_plan_is_named_and_written_anew(config: TokenizeConfig, output: Path, content: str) -> None:
+    (output / "plan.json").write_text(content)
+    assert found(output) == {"torn": ["plan.json"]}
+    (output / "plan.json").unlink()
+    assert rerun(config, output) == 0
+    assert report(output).complete and (output / "plan.json").exists()
+
+
 def test_a_run_that_was_stopped_half_way_says_what_is_left(config: TokenizeConfig, output: Path) -> None:
     ledger = Ledger(OutputPrefix(str(output)))
     ledger.rewrite([row for row in ledger.read().values() if row.part != part_of(output, GOOD).name])
