@@ -18,7 +18,7 @@ from pipeline.errors import NoRun
 from pipeline.output import OutputPrefix, require_run
 from pipeline.plan import PlanRecord, read_plan_record
 from pipeline.records import FailureReason, ShardResult, ShardState
-from pipeline.retry import Finding, in_doubt, is_untouched, plan_retry
+from pipeline.retry import Finding, is_untouched, plan_retry, put_in_doubt
 
 if TYPE_CHECKING:
     from jobs.dispatch import GivenUp
@@ -45,7 +45,7 @@ def run_retry(
     with held(run) as ledger:
         plan, findings = plan_retry(output, ledger, run.table, record, whole_shards=whole_shards)
         _log(findings)
-        ledger.append(in_doubt(findings))
+        put_in_doubt(output, ledger, findings)
         session = Session(run, ledger, plan, _keeper(output, findings))
         try:
             return session.run(source or run.source, command)

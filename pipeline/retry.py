@@ -71,16 +71,20 @@ def _without_hopeless(plan: Plan, findings: Sequence[Finding]) -> Plan:
     return replace(plan, todo=tuple(again.values()), done=(*done, *quarantined), num_left=plan.num_left + num_hopeless)
 
 
-def in_doubt(findings: Sequence[Finding]) -> list[ShardResult]:
-    """Ledger rows to be written before anything is tokenised again: from then on part and errors file of these shards
-    may be of two attempts, so that a run that is killed before their next rows does them anew."""
-    return [
-        ShardResult(
-            one.row.shard, one.row.size_bytes, one.row.etag, ShardState.QUARANTINED, reason=BEING_RETRIED,
-            message="dvae retry ended before this shard was tokenised again",
-        )
-        for one in findings if one.task is not None and one.errors_etag is not None
-    ]  # fmt: skip
+def put_in_doubt(output: OutputPrefix, ledger: Ledger, findings: Sequence[Finding]) -> None:
+    """Before anything is tokenised again: from then on part and errors file of a shard may be of two attempts, so its
+    row says until its next one that it is to be done anew. Without this a kill between the two would lose images."""
+    rows = [_in_doubt(one.row) for one in findings if one.task is not None and one.errors_etag is not None]
+    if rows:
+        storage.remove(output.file("manifest.json"))  # first, for it says that all is well
+        ledger.append(rows)
+
+
+def _in_doubt(row: ShardResult) -> ShardResult:
+    return ShardResult(
+        row.shard, row.size_bytes, row.etag, ShardState.QUARANTINED, reason=BEING_RETRIED,
+        message="dvae retry ended before this shard was tokenised again",
+    )  # fmt: skip
 
 
 def is_untouched(output: OutputPrefix, finding: Finding) -> bool:

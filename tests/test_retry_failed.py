@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from jobs.checkpoints import read_head
 from jobs.config import ConfigError, check
 from jobs.retry_failed import run_retry
 from jobs.tokenize_config import TokenizeConfig
-from jobs.tokenize_dataset import run_tokenize
+from jobs.verify import run_verify
 from make_data import folder_bytes, sample_members, tar_bytes, write_checkpoint, write_shards
+from make_run import tokenize_here
 from pipeline import storage
 from pipeline.errors import NoRun, RunHeld, RunMismatch
 from pipeline.lease import Lease
@@ -47,12 +49,12 @@ def settings(checkpoint: Path, folder: Path, output: str = "out", **changes: Any
 
 
 @pytest.fixture
-def run(checkpoint: Path, source: FakeSource, tmp_path: Path) -> Path:
+def run(checkpoint: Path, tmp_path: Path) -> Path:
     """Two good shards, one with a bad image, one cut short: the folder of `in` and `out`."""
     write_shards(tmp_path / "in", [3, 4])
     (tmp_path / "in" / "mixed.tar").write_bytes(MIXED)
     (tmp_path / "in" / "short.tar").write_bytes(WHOLE[:2000])
-    assert run_tokenize(settings(checkpoint, tmp_path), "dvae", source) == 1
+    assert tokenize_here(settings(checkpoint, tmp_path)) == 1
     return tmp_path
 
 
@@ -76,9 +78,10 @@ def test_a_mended_shard_is_done_and_the_rest_is_not_touched_nor_the_input_listed
     after = times(run)
     assert before.items() < after.items() and len(after) == 4
     assert json.loads((run / "out" / "manifest.json").read_text())["num_done"] == 4
+    assert run_verify(str(run / "out"), as_json=False) == 0
     monkeypatch.undo()
     (run / "in" / "added.tar").unlink()
-    assert run_tokenize(settings(checkpoint, run, "calm"), "dvae", source) == 0
+    assert tokenize_here(settings(checkpoint, run, "calm")) == 0
     for folder in ("tokens", "errors"):
         assert folder_bytes(run / "out" / folder) == folder_bytes(run / "calm" / folder)
 
@@ -87,7 +90,7 @@ def test_where_nothing_failed_it_says_so_and_writes_nothing(
     checkpoint: Path, source: FakeSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "in", [3])
-    assert run_tokenize(settings(checkpoint, tmp_path), "dvae", source) == 0
+    assert tokenize_here(settings(checkpoint, tmp_path)) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert run_retry(str(tmp_path / "out"), [], "dvae retry", source) == 0
     assert "nothing failed" in capsys.readouterr().out
@@ -120,8 +123,10 @@ def test_a_shard_with_a_good_part_that_cannot_be_read_again_keeps_it(
     assert before.items() <= folder_bytes(run / "out" / "tokens").items()
     row = Ledger(OutputPrefix(str(run / "out"))).read()[str(run / "in" / "mixed.tar")]
     assert (row.state, row.num_rows, row.num_failed) == (ShardState.DONE, 3, 1)
+    assert run_verify(str(run / "out"), as_json=False) == 0
     assert run_retry(str(run / "out"), [], "dvae retry", source, whole_shards=True) == 0
     assert before.items() <= folder_bytes(run / "out" / "tokens").items()
+    assert run_verify(str(run / "out"), as_json=False) == 0
 
 
 def test_a_run_that_was_stopped_is_left_to_be_gone_on_with(
@@ -139,7 +144,7 @@ def test_a_run_that_was_stopped_is_left_to_be_gone_on_with(
     said = capsys.readouterr().out
     assert "3 of 4 shards" in said and "1 shards are not tokenised yet: go on with dvae tokenize" in said
     assert not (run / "out" / "manifest.json").exists()
-    assert run_tokenize(settings(checkpoint, run), "dvae", source) == 0
+    assert tokenize_here(settings(checkpoint, run)) == 0
 
 
 def test_it_is_refused_what_tokenize_is_refused(run: Path, source: FakeSource, tmp_path: Path) -> None:
@@ -160,14 +165,11 @@ def test_it_is_refused_what_tokenize_is_refused(run: Path, source: FakeSource, t
         run_retry(str(run / "out"), [], "dvae retry", source)
 
 
-def test_the_command_needs_no_yaml_and_gives_the_exit_code(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With the model itself, as a person types it."""
-    write_shards(tmp_path / "in", [3])
-    (tmp_path / "in" / "short.tar").write_bytes(WHOLE[:2000])
-    assert run_tokenize(settings(checkpoint, tmp_path), "dvae") == 1
-    (tmp_path / "in" / "short.tar").write_bytes(WHOLE)
+def test_the_command_needs_no_yaml_and_gives_the_exit_code(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a person types it."""
+    (run / "in" / "short.tar").write_bytes(WHOLE)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["retry", str(tmp_path / "out")])
-    assert ended.value.code == 0 and "2 of 2 shards · 9 images" in capsys.readouterr().out
+        cli.main(["retry", str(run / "out")])
+    signal.signal(signal.SIGTERM, on_sigterm)
+    assert ended.value.code == 0 and "4 of 4 shards · 16 images" in capsys.readouterr().out

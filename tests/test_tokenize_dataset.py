@@ -23,6 +23,7 @@ from jobs.config import check
 from jobs.status import read_status
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
+from jobs.verify import run_verify
 from make_data import folder_bytes, sample_members, tar_bytes, write_checkpoint, write_shards
 from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease
@@ -161,12 +162,14 @@ def test_a_shard_that_is_gone_is_said_so_keeps_its_part_and_is_dropped_when_aske
     status = read_status(OutputPrefix(str(tmp_path / "out")))
     assert (status.num_done, status.num_shards, status.num_images, status.num_removed_images) == (2, 2, 6, 3)
     assert [Path(shard).name for shard in status.removed] == ["made-000000.tar"]
+    assert run_verify(str(tmp_path / "out"), as_json=False) == 0
 
     assert run_tokenize(config, "dvae", prune=True) == 0
     assert "dropped, no longer in the input: 1 shard (made-000000.tar)" in capsys.readouterr().out
     assert len(parts(tmp_path / "out")) == 2 and json.loads(manifest.read_text())["removed"] == []
     status = read_status(OutputPrefix(str(tmp_path / "out")))
     assert (status.state, status.num_done, status.num_parts, status.removed) == ("complete", 2, 2, [])
+    assert run_verify(str(tmp_path / "out"), as_json=False) == 0
     (tmp_path / "in" / "made-000001.tar").unlink()
     (tmp_path / "in" / "added.tar").unlink()
     with pytest.raises(NoShardsMatched):  # a listing that gives nothing is no reason to drop all
