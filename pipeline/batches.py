@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,8 @@ from pipeline.metadata import MetadataColumn, MetadataError, read_metadata
 from pipeline.records import DecodedSample, FailureReason, PixelBatch, RawSample, SampleFailure, Stage
 
 # B batch, H W pixel rows and columns, C channels
+
+AHEAD_BYTES = 64 << 20  # undecoded; one sample more may be in hand, however large
 
 Decoded = tuple[DecodedSample, NDArray[np.uint8]]
 
@@ -29,7 +30,7 @@ def pixel_batches(
     columns: Sequence[MetadataColumn] = (),
 ) -> Generator[PixelBatch, None, None]:
     """Batches in tar order; a sample that gives no pixels goes to `failures` instead (also in tar order).
-    At most two batches of samples are decoded ahead, which bounds the memory."""
+    At most two batches of samples are decoded ahead, and fewer where they have more than AHEAD_BYTES."""
     batch: list[Decoded] = []
     for outcome in _decoded_in_order(iter(samples), spec, columns, executor, ahead=2 * batch_size):
         if isinstance(outcome, SampleFailure):
@@ -50,17 +51,28 @@ def _decoded_in_order(
     executor: Executor,
     ahead: int,
 ) -> Iterator[Decoded | SampleFailure]:
-    waiting: deque[Future[Decoded | SampleFailure]] = deque()
+    waiting: deque[tuple[Future[Decoded | SampleFailure], int]] = deque()
+    bytes_ahead = 0
     try:
-        for sample in islice(samples, ahead):
-            waiting.append(executor.submit(decode_sample, sample, spec, columns))
-        while waiting:
-            yield waiting.popleft().result()
-            for sample in islice(samples, 1):
-                waiting.append(executor.submit(decode_sample, sample, spec, columns))
+        while True:
+            while not waiting or (len(waiting) < ahead and bytes_ahead < AHEAD_BYTES):
+                sample = next(samples, None)
+                if sample is None:
+                    break
+                waiting.append((executor.submit(decode_sample, sample, spec, columns), _num_bytes(sample)))
+                bytes_ahead += waiting[-1][1]
+            if not waiting:
+                return
+            future, num_bytes = waiting.popleft()
+            yield future.result()
+            bytes_ahead -= num_bytes
     finally:
-        for future in waiting:
+        for future, _ in waiting:
             future.cancel()
+
+
+def _num_bytes(sample: RawSample) -> int:
+    return len(sample.image or b"") + sum(len(member) for member in sample.members.values())
 
 
 def decode_sample(sample: RawSample, spec: ImageSpec, columns: Sequence[MetadataColumn]) -> Decoded | SampleFailure:

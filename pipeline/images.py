@@ -16,6 +16,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
@@ -24,12 +26,18 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline import jpeg, png
+from pipeline.memory_budget import MemoryBudget
 from pipeline.records import FailureReason
 
 # H W pixel rows and columns, C channels
 
 IMAGE_SPEC_VERSION = 1
 MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a decompression bomb
+STRIP_PIXELS = 1 << 20
+DECODING = MemoryBudget(1 << 30)  # of all threads of the process together; the largest image of all takes it alone
+# Pillow's four bytes a pixel, and once more upright or as RGB (8; progressive JPEGs hold their coefficients, 12);
+# WebP's and AVIF's libraries hold copies of their own.
+_BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 14}
 
 # Not all that Pillow knows: some of its readers run programs (EPS), take almost any bytes for an image (TGA), or fill
 # up what is missing (JPEG 2000).
@@ -124,10 +132,10 @@ class DecodedImage:
 
 def decode_image(data: bytes, spec: ImageSpec) -> DecodedImage:
     """Pixels as the tokenizer wants them. Raises SampleError with its reason."""
-    image = open_rgb(data)
-    resized = _resize_shorter_side(_enough(image, spec), spec.size, _filter(spec))
-    left, top = (round((side - spec.size) / 2) for side in resized.size)
-    return DecodedImage(_crop(resized, left, top, spec.size), image.width, image.height)
+    with open_rgb(data, spec) as image:
+        resized = _resize_shorter_side(_enough(image, spec), spec.size, _filter(spec))
+        left, top = (round((side - spec.size) / 2) for side in resized.size)
+        return DecodedImage(_crop(resized, left, top, spec.size), image.width, image.height)
 
 
 def training_crop(data: bytes, spec: ImageSpec, augment: Augment, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -135,7 +143,8 @@ def training_crop(data: bytes, spec: ImageSpec, augment: Augment, rng: np.random
     filter, random crop, flip), lengths scaled by size/256. `flip`: the evaluation crop, mirrored half the time.
     Raises SampleError."""
     if augment == "dalle":
-        pixels_HWC = _dalle_crop(_enough(open_rgb(data), spec), spec.size, rng)
+        with open_rgb(data, spec) as image:
+            pixels_HWC = _dalle_crop(_enough(image, spec), spec.size, rng)
     else:
         pixels_HWC = decode_image(data, spec).pixels_HWC
     if augment != "none" and rng.integers(2):
@@ -153,10 +162,24 @@ def _dalle_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDAr
     return _crop(square, left, top, size)
 
 
-def open_rgb(data: bytes) -> Image.Image:
-    """The first frame, upright, as RGB over white. Raises SampleError."""
+@contextmanager
+def open_rgb(data: bytes, spec: ImageSpec) -> Iterator[Image.Image]:
+    """The first frame, upright, as RGB over white. Waits for its share of DECODING, and holds it for the block: few
+    images are huge, and those go one at a time. Raises SampleError."""
     image = _opened(data)
     _refuse_bomb(image.width, image.height)
+    with DECODING.hold(_bytes_to_decode(image, spec) + 2 * len(data)):
+        yield _decoded(image)
+
+
+def _bytes_to_decode(image: Image.Image, spec: ImageSpec) -> int:
+    """The most that its pixels take at one time, known from its header; tests/test_image_memory.py measures it."""
+    enlarged = max(1.0, spec.size / min(image.size)) ** 2 if spec.small == "upscale" else 1.0
+    each = _BYTES_PER_PIXEL.get(image.format or "", 12 if image.info.get("progressive") else 8)
+    return round(image.width * image.height * (each + (4 * enlarged if enlarged > 1 else 0)))
+
+
+def _decoded(image: Image.Image) -> Image.Image:
     try:
         return _to_rgb(_upright(image))
     except _DAMAGED as error:
@@ -207,14 +230,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        return _by_strips(image, lambda strip: Image.fromarray(_eight_bits(np.asarray(strip))).convert("RGB"))
     if image.mode in ("I", "F"):
         raise SampleError(FailureReason.UNSUPPORTED_MODE, f"Pillow mode {image.mode}: no agreed range")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _by_strips(image, _over_white)
     return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _by_strips(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`to_rgb` of an image, some rows at a time: it looks at one pixel at a time, and its copies stay small."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        rgb.paste(to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return rgb
 
 
 def _eight_bits(values_HW: NDArray[Any]) -> NDArray[np.uint8]:

@@ -44,7 +44,7 @@ def with_open_end(data: bytes) -> bytes:
     last of several scans, which brings the last bit of the finer details."""
     kind, components, scans = _read(data)
     if kind in _HUFFMAN_SEQUENTIAL and scans and scans[0].components == components:
-        return data[: scans[0].data_end] + _PADDING
+        return b"".join([memoryview(data)[: scans[0].data_end], _PADDING])
     if kind and not scans:
         raise OSError("truncated: it has no end marker")
     missing = components - _complete(scans, 63 if kind in _PROGRESSIVE else 0)

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from fuzz_images import good_images
 from fuzz_tars import GOOD_JSON, GOOD_TEXTS, Case, make_case
-from make_data import FakeTokenizer, fake_table, listed
+from make_data import FakeTokenizer, fake_table, listed, peak_bytes
 from pipeline.errors import ShardError
 from pipeline.images import ImageSpec
 from pipeline.metadata import MetadataColumn
@@ -242,10 +242,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fuzz(cases: range, seed: int, folder: Path) -> dict[str, Any]:

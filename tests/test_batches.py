@@ -131,6 +131,29 @@ def test_no_more_than_two_batches_are_read_ahead() -> None:
     assert read == 100
 
 
+def test_no_more_bytes_than_stated_are_read_ahead_but_always_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "AHEAD_BYTES", 3000)
+    held: dict[int, int] = {}
+    image = image_bytes(1)
+    sizes = [len(image), 2500, 200_000, len(image), 1, 999, 2001, 7000, *[len(image)] * 30]
+
+    def reading() -> Iterator[RawSample]:
+        for n, size in enumerate(sizes):
+            held[n] = size
+            most = sorted(held.values())
+            assert sum(most) - max(most) < 3000 + 1000, held  # besides the one that was just read
+            yield sample(n, image + bytes(size - len(image)) if size >= len(image) else bytes(size))
+
+    failures: list[SampleFailure] = []
+    found = 0
+    for outcome in batches._decoded_in_order(reading(), SPEC, (), Recording(), ahead=100):
+        index = outcome.index if isinstance(outcome, SampleFailure) else outcome[0].index
+        assert index == found
+        held.pop(index)
+        found += 1
+    assert found == len(sizes) and not failures
+
+
 def test_leaving_early_cancels_what_was_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
     release = threading.Event()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from make_data import encoded
-from pipeline.images import SampleError, open_rgb
+from pipeline.images import ImageSpec, SampleError, open_rgb
 from pipeline.jpeg import with_open_end
 
 END = b"\xff\xd9"
@@ -35,9 +35,14 @@ def plain(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+def decoded(data: bytes) -> np.ndarray:
+    with open_rgb(data, ImageSpec()) as image:
+        return np.array(image)
+
+
 def outcome(data: bytes) -> np.ndarray | str:
     try:
-        return np.array(open_rgb(data))
+        return decoded(data)
     except SampleError as error:
         return error.reason.value
 
@@ -54,7 +59,7 @@ def test_a_whole_picture_has_the_pixels_that_pillow_gives_it(options: dict[str, 
     for size in ((200, 150), (1, 1), (17, 9)):
         data = encoded(noise(*size).convert(mode), "JPEG", **options)
         for behind in (b"", b"\0", b"junk", END, data, data[:50]):  # cameras put a second picture there
-            assert np.array_equal(open_rgb(data + behind), plain(data)), (size, behind[:4])
+            assert np.array_equal(decoded(data + behind), plain(data)), (size, behind[:4])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -109,7 +114,7 @@ def test_a_thumbnail_in_the_metadata_is_not_taken_for_the_picture() -> None:
     body = b"Exif\0\0" + thumbnail
     segment = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
     data = encoded(noise(), "JPEG")
-    assert np.array_equal(open_rgb(data[:2] + segment + data[2:]), plain(data))
+    assert np.array_equal(decoded(data[:2] + segment + data[2:]), plain(data))
 
 
 def test_hostile_markers_end_soon() -> None:

@@ -1,0 +1,38 @@
+"""A number of bytes that threads share: who wants more than is free waits its turn."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class MemoryBudget:
+    """Counts what is said to be held, not what is allocated. First come, first served, so that a large claim is not
+    passed by small ones for ever; a claim above the whole budget is held alone. Claims are not nested: a thread that
+    holds one and asks for another may wait for itself."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = self._free = total_bytes
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        """Waits until they are free, and holds them for the block."""
+        claim, ticket = min(num_bytes, self._total), object()
+        with self._changed:
+            self._queue.append(ticket)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is ticket and self._free >= claim)
+                self._free -= claim
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += claim
+                self._changed.notify_all()
