@@ -160,9 +160,16 @@ def submit(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the exit codes of the design, one clear message for what is wrong with the world."""
-    logging.basicConfig(level=_log_level(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    _set_up_log(_log_level())
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run(lambda: app(args=arguments, standalone_mode=False)))
+
+
+def _set_up_log(level: str) -> None:
+    """Our own lines at `level`; of libraries only what is a warning, for they tell where they found credentials."""
+    logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for package in ("pipeline", "model", "jobs"):
+        logging.getLogger(package).setLevel(level)
 
 
 def _log_level() -> str:
