@@ -30,7 +30,7 @@ from pipeline.shard_patterns import expand
 from pipeline.tokenize_shard import TokenizeWorker, quarantine
 
 
-def run_config(checkpoint: Path, shards: Path, output: str | Path, **changes: Any) -> TokenizeConfig:
+def run_config(checkpoint: Path, shards: str | Path, output: str | Path, **changes: Any) -> TokenizeConfig:
     values = {"checkpoint": str(checkpoint), "shards": str(shards), "output": str(output), "batch_size": 8}
     return check(TokenizeConfig, {**values, "metadata": {"caption": {"from": "txt"}}, **changes}, "test")
 

@@ -263,6 +263,22 @@ def test_an_image_whose_bytes_give_no_pixels_now_is_one_that_differs(own: Tokeni
     assert report.exit_code == 1
 
 
+@pytest.mark.server
+def test_on_an_object_store_it_is_the_same(made: TokenizeConfig, s3: str) -> None:
+    shards, output = f"{s3}/sampled/in", f"{s3}/sampled/out"
+    for path in Path(made.shards[0]).iterdir():
+        storage.publish(f"{shards}/{path.name}", path.read_bytes())
+    config = run_config(Path(made.checkpoint), shards, output, max_failed_samples=0.5, batch_size=BATCH)
+    source = TokenizerSource(made.checkpoint, "cpu", "fp32", BATCH, 1)
+    assert tokenize_here(config, source.load()) == 0
+    for quick in (True, False):
+        report = verify(OutputPrefix(output), quick=quick, sample=SampleSettings(1.0, made.checkpoint))
+        assert report.exit_code == 0, report.problems
+        assert (sample_of(report).num_equal, sample_of(report).skipped) == (17, {"failed": 1})
+    storage.publish(f"{shards}/a.tar", storage.read_bytes(f"{shards}/b.tar"))
+    assert sample_of(sampled(output, made.checkpoint)).skipped == {"changed": 5, "failed": 1}
+
+
 def test_of_a_part_that_is_not_right_no_image_is_compared(own: TokenizeConfig) -> None:
     part_of(Path(own.output), "a").write_bytes(b"")
     report = sampled(own.output, own.checkpoint)
