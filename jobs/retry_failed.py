@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 50
+ACTOR_LOST = (FailureReason.SHARD_TIMED_OUT, FailureReason.SHARD_CRASHED)
 OWN_SETTINGS = ("output", "shards")
 
 
@@ -79,12 +80,13 @@ def _config(output: OutputPrefix, record: PlanRecord, overrides: Sequence[str]) 
 
 
 def _keeper(output: OutputPrefix, findings: Sequence[Finding]) -> Callable[[GivenUp], ShardResult | None]:
-    """A shard that has a good part and cannot be read now keeps that part, where surely nobody writes to it still."""
+    """A shard that has a good part and cannot be read now keeps that part, unless an actor that was lost may still be
+    writing to it."""
     with_part = {one.row.shard: one for one in findings if one.task is not None and one.errors_etag is not None}
 
     def keep(given_up: GivenUp) -> ShardResult | None:
         finding = with_part.get(storage.public_url(given_up.work.task.shard.url))
-        if finding is None or given_up.reason is FailureReason.SHARD_TIMED_OUT:
+        if finding is None or given_up.reason in ACTOR_LOST:
             return None
         return finding.row if is_untouched(output, finding) else None
 

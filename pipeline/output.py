@@ -106,11 +106,6 @@ def require_run(output: OutputPrefix) -> dict[str, Any]:
     return run
 
 
-def read_manifest(output: OutputPrefix) -> dict[str, Any] | None:
-    """manifest.json, which is there only when every shard of the last plan is accounted for."""
-    return read_json(output.file("manifest.json"))
-
-
 def read_json(url: str) -> dict[str, Any] | None:
     """An object of JSON, or None where there is none. Raises Damaged, StorageError."""
     try:

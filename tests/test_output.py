@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.errors import RunMismatch, StorageError
 from pipeline.images import ImageSpec
 from pipeline.metadata import MetadataColumn
-from pipeline.output import OutputPrefix, RunDescription, claim, part_name, read_manifest, read_run
+from pipeline.output import OutputPrefix, RunDescription, claim, part_name, read_run
 from pipeline.token_table import TableSpec
 
 OPTIONS = {"image_extensions": ["jpg", "png"], "require_end_marker": True}
@@ -226,6 +226,6 @@ def test_messages_hold_no_credentials_of_the_output() -> None:
     assert "secret" not in refusal(output, run(numerics={}))
 
 
-def test_there_is_no_manifest_until_one_is_written(tmp_path: Path) -> None:
-    assert read_manifest(OutputPrefix(str(tmp_path))) is None
+def test_there_is_no_run_until_one_is_claimed(tmp_path: Path) -> None:
+    assert read_run(OutputPrefix(str(tmp_path))) is None
     assert read_run(OutputPrefix("memory://output-test/nothing")) is None

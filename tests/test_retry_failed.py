@@ -129,6 +129,21 @@ def test_a_shard_with_a_good_part_that_cannot_be_read_again_keeps_it(
     assert run_verify(str(run / "out"), as_json=False) == 0
 
 
+def test_a_shard_whose_actor_is_lost_does_not_keep_its_part_for_somebody_may_still_be_writing(
+    checkpoint: Path, run: Path, source: FakeSource
+) -> None:
+    (run / "in" / "short.tar").write_bytes(WHOLE)
+    before = folder_bytes(run / "out" / "tokens")
+    marks = run / "marks"
+    marks.mkdir()
+    deadly = ShardFault(read_head(str(checkpoint)), needle="mixed", deed="exit", marks=str(marks))
+    assert run_retry(str(run / "out"), ["attempts=1"], "dvae retry", deadly, whole_shards=True) == 1
+    row = Ledger(OutputPrefix(str(run / "out"))).read()[str(run / "in" / "mixed.tar")]
+    assert (row.state, row.reason) == (ShardState.QUARANTINED, "shard_crashed")
+    assert run_retry(str(run / "out"), [], "dvae retry", source) == 0
+    assert before.items() <= folder_bytes(run / "out" / "tokens").items()
+
+
 def test_a_run_that_was_stopped_is_left_to_be_gone_on_with(
     checkpoint: Path, run: Path, source: FakeSource, capsys: pytest.CaptureFixture[str]
 ) -> None:
