@@ -63,7 +63,7 @@ class ObjectInfo:
     etag: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RawSample:
     """One sample as it lies in the tar: image bytes undecoded, chosen metadata members by extension."""
 
@@ -77,7 +77,7 @@ class RawSample:
     detail: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleFailure:
     """One image (or, at stage `shard`, a whole shard) that has no token row, and why."""
 
@@ -90,7 +90,7 @@ class SampleFailure:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DecodedSample:
     """All of a token row but its tokens."""
 

@@ -21,7 +21,7 @@ from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFai
 # B images, H W token rows and columns, N = H * W
 
 SCHEMA_VERSION = 1
-ROW_GROUP_ROWS = 8192
+ROW_GROUP_ROWS = 2048  # the writer holds about 10 KB a row of 1,024 tokens until a group is whole
 INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
 # Pages carry a checksum, so that flipped bytes are an error wherever a part is read, not other tokens.
 CHECKED_PARQUET = ds.ParquetFileFormat(
@@ -60,7 +60,11 @@ class TableSpec:
 
     @property
     def token_type(self) -> pa.DataType:
-        return pa.int16() if self.codebook_size <= INT16_CODES else pa.int32()
+        return pa.from_numpy_dtype(self.token_dtype)
+
+    @property
+    def token_dtype(self) -> np.dtype[np.signedinteger[Any]]:
+        return np.dtype(np.int16 if self.codebook_size <= INT16_CODES else np.int32)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,8 +111,7 @@ def narrow_tokens(tokens_BHW: NDArray[Any], spec: TableSpec) -> NDArray[np.signe
     if tokens_BHW.size and not 0 <= tokens_BHW.min() <= tokens_BHW.max() < spec.codebook_size:
         span = f"{tokens_BHW.min()}..{tokens_BHW.max()}"
         raise ValueError(f"the encoder gave tokens {span}, outside [0, {spec.codebook_size})")
-    dtype = np.int16 if spec.token_type == pa.int16() else np.int32
-    return tokens_BHW.reshape(len(tokens_BHW), spec.num_tokens).astype(dtype)
+    return tokens_BHW.reshape(len(tokens_BHW), spec.num_tokens).astype(spec.token_dtype)
 
 
 def part_bytes(

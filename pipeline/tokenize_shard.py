@@ -80,13 +80,14 @@ class TokenizeWorker:
 
     def _encode_shard(self, task: ShardTask) -> tuple[list[DecodedSample], NDArray[Any], list[SampleFailure]]:
         rows: list[DecodedSample] = []
-        tokens: list[NDArray[Any]] = [np.empty((0, self._job.table.num_tokens), np.int16)]  # for a shard without rows
+        tokens = bytearray()  # grows in place: a list of batches and their whole would be two copies
         failures: list[SampleFailure] = []
         with closing(self._read(task)) as raw_samples, closing(self._decode(raw_samples, failures)) as batches:
             for batch in batches:
-                tokens.append(self._encode(batch.pixels_BHWC)[: len(batch.samples)])
+                tokens += self._encode(batch.pixels_BHWC)[: len(batch.samples)].tobytes()
                 rows.extend(batch.samples)
-        return rows, np.concatenate(tokens), failures
+        table = self._job.table
+        return rows, np.frombuffer(tokens, table.token_dtype).reshape(-1, table.num_tokens), failures
 
     def _read(self, task: ShardTask) -> Generator[RawSample, None, None]:
         return read_samples(
