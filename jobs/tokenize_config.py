@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.config import Patterns, Section
 from pipeline.metadata import ColumnType, MetadataColumn
@@ -52,6 +52,13 @@ class TokenizeConfig(Section):
     retry_pause_s: float = Field(default=5.0, ge=0.0)
     shard_deadline_s: float | None = Field(default=None, gt=0.0)
     ray: RaySettings = RaySettings()
+
+    @field_validator("output")
+    @classmethod
+    def _is_shared(cls, url: str) -> str:
+        if url.startswith("memory://"):
+            raise ValueError("memory:// is a store of one process: parts of other actors would be lost, take a folder")
+        return url
 
     @model_validator(mode="after")
     def _columns_are_good(self) -> TokenizeConfig:

@@ -1,11 +1,24 @@
-"""A number of bytes that threads share: who wants more than is free waits its turn."""
+"""A number of bytes that threads share: who wants more than is free waits its turn. And how the heap is kept."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+MAPPED_FROM_BYTES = 1 << 20
+
+
+def keep_large_blocks_apart() -> None:
+    """glibc by itself raises the size from which a block is mapped apart, up to 32 MiB, as such blocks are freed. Then
+    images and batches lie among small blocks, and the heap grows with the length of a shard. Does nothing elsewhere."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
 class MemoryBudget:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.batches import pixel_batches
 from pipeline.images import ImageSpec
+from pipeline.memory_budget import keep_large_blocks_apart
 from pipeline.output import OutputPrefix
 from pipeline.plan import ShardTask
 from pipeline.records import (
@@ -60,6 +61,7 @@ class TokenizeWorker:
     def __init__(self, tokenizer: ImageTokenizer, job: TokenizeJob) -> None:
         if tokenizer.tokenizer_id != job.table.tokenizer_id:
             raise ValueError(f"loaded tokenizer {tokenizer.tokenizer_id}, the run wants {job.table.tokenizer_id}")
+        keep_large_blocks_apart()
         self._tokenizer, self._job = tokenizer, job
         self._executor = ThreadPoolExecutor(job.decode_threads, thread_name_prefix="decode")
         self._encoding = threading.Lock()

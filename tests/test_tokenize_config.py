@@ -37,7 +37,7 @@ def test_they_mean_the_same_in_another_folder(tmp_path: Path, monkeypatch: pytes
     ("field", "value"),
     [
         ("checkpoint", "s3://key:SECRET@models/dvae"),
-        ("output", "memory://me:SECRET@host/out"),
+        ("output", "ftp://me:SECRET@host/out"),
         ("shards", "https://me:SECRET@host/a-{0..3}.tar?sig=SECRET&x=1#SECRET"),
         ("shards", ["/local/a.tar", "s3://k:SECRET@images/*.tar"]),
         ("shards", "{s3://k:SECRET@one/a,https://m:SECRET@two/b}.tar"),
