@@ -172,7 +172,9 @@ def test_another_models_tokens_differ_with_least_median_and_largest_margin(
 
 def test_the_checkpoint_of_another_run_is_2_naming_both(made: TokenizeConfig, output: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
-    done = dvae_verify(output, "--sample", "1", "--checkpoint", other)
+    before = storage.list_files(str(output / "ledger"))
+    done = dvae_verify(output, "--sample", "1", "--checkpoint", other, "--rebuild-ledger")
+    assert storage.list_files(str(output / "ledger")) == before, "it is said before anything is done"
     ids = [read_checkpoint(file_reader(str(path))).tokenizer_id for path in (made.checkpoint, other)]
     assert done.returncode == 2 and all(one in done.stderr for one in ids) and not done.stdout
 
