@@ -18,6 +18,7 @@ from pipeline.records import ShardResult
 from pipeline.tokenize_shard import TokenizeJob
 
 WATCH_S = 30.0
+_ADVICE = "Some common causes include:"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def _took_its_node_along(error: RayError) -> bool:
 
 
 def _first_and_last_line(error: Exception) -> str:
-    """Ray says what happened in the first line, and the cause of a failed start in the last."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """Ray says what happened in the first line, and the cause of a failed start in the last; the advice that it adds
+    to any death is left out."""
+    lines = str(error).partition(_ADVICE)[0].strip().splitlines() or [type(error).__name__]
     return lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1].strip()}"
