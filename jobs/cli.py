@@ -162,7 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the exit codes of the design, one clear message for what is wrong with the world."""
     _set_up_log(_log_level())
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run(lambda: app(args=arguments, standalone_mode=False)))
+    sys.exit(_run(lambda: _invoke(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _invoke(arguments: Sequence[str]) -> Any:
+    """Not by Typer's own main, which makes a silent 130 of a KeyboardInterrupt."""
+    command = typer.main.get_command(app)
+    with command.make_context("dvae", list(arguments)) as context:
+        return command.invoke(context)
 
 
 def _set_up_log(level: str) -> None:
@@ -191,8 +198,8 @@ def _run(command: Callable[[], Any]) -> int:
         return int(getattr(error, "exit_code", 2))
     except (KeyboardInterrupt, typer.Abort):
         return _stopped()
-    except typer.Exit as error:  # 130: Typer's word for a KeyboardInterrupt
-        return _stopped() if error.exit_code == INTERRUPTED else error.exit_code
+    except typer.Exit as error:
+        return error.exit_code
     except Exception as error:
         if not _is_usage(error):
             raise

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 FIRST_DEADLINE_S = 1800.0  # as long as nothing is known
-LEAST_DEADLINE_S = 300.0  # longer than a store's bad minutes, in which every shard is slow
+LEAST_DEADLINE_S = 300.0  # longer than a store takes to answer when a request stalls and is asked again
 DEADLINE_FACTOR = 10.0  # times the slowest seen
 LEAST_LATE_S = 5.0
 LATE_FACTOR = 4.0  # times the median seen

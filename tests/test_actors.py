@@ -179,12 +179,12 @@ def test_an_actor_that_was_cut_off_while_it_loaded_is_not_given_work_before_it_h
 
 
 def test_an_actor_on_a_node_that_is_about_to_go_finishes_what_it_holds_and_starts_elsewhere() -> None:
-    actors = SimulatedActors(seconds=lambda task, attempt: 5.0)
+    actors = SimulatedActors(seconds=lambda task, attempt: 4.0 + int(task.shard.url[1:]) % 3)
     actors.accidents = [(4.0, lambda world: world.draining.add("n0"))]
     outcomes = run(actors, [f"s{n}" for n in range(20)], num_actors=2)
     assert attempts_of(outcomes) == dict.fromkeys([f"s{n}" for n in range(20)], 1)
     assert len(actors.given) == 20, "something was done twice"
-    assert max(when for when, _, actor in actors.given if actor == "process-0") < 7
+    assert max(when for when, _, actor in actors.given if actor == "process-0") < 6.5
     assert {actor for when, _, actor in actors.given if when > 15} == {"process-1", "process-2"}
 
 
@@ -231,6 +231,33 @@ def test_a_pool_whose_only_actor_can_never_be_reached_says_so_after_the_stated_w
     with pytest.raises(ClusterError, match=r"no actor could start within 300 s .* the cluster has 8 CPUs"):
         run(actors, "abcdefgh", num_actors=1)
     assert 300 < actors.time < 310
+
+
+def test_an_actor_that_dies_while_it_has_nothing_to_do_costs_the_next_shard_nothing() -> None:
+    failures = iter(range(1))
+    actors = SimulatedActors(
+        nature=lambda task: "raises" if task.shard.url == "b" and next(failures, None) is not None else "good",
+        seconds=lambda task, attempt: {"a": 10.0, "b": 20.0}[task.shard.url],
+    )
+    actors.accidents = [(15.0, lambda world: world.die(world.actors[0], "killed for memory"))]
+    assert attempts_of(run(actors, "ab", in_flight=1, attempts=2)) == {"a": 1, "b": 2}
+
+
+def test_what_an_actor_has_begun_since_is_not_charged_when_it_is_stopped_for_a_hang_that_nobody_waits_for() -> None:
+    def seconds(task: ShardTask, attempt: int) -> float:
+        return {"f": 10_000.0 if attempt == 0 else 1.0, "x": 15.0}.get(task.shard.url, 4.0)
+
+    actors = SimulatedActors(seconds=seconds)
+    assert attempts_of(run(actors, "fabcdegx", attempts=1, deadline_s=20.0))["x"] == 1
+    assert len({actor for _, shard, actor in actors.given if shard == "x"}) == 2, "its first actor was stopped"
+
+
+def test_a_slot_that_had_an_actor_once_is_not_given_up_when_its_next_ones_die_at_the_start() -> None:
+    actors = SimulatedActors()
+    for when in (3.5, 4.0, 6.0, 10.0):
+        actors.accidents.append((when, lambda world: [world.die(one, "killed") for one in world.living()]))
+    assert attempts_of(run(actors, "abcdef", num_actors=1))["f"] == 1
+    assert len(actors.actors) == 5
 
 
 NATURES = ["good"] * 12 + ["raises", "poison", "breaks", "hangs"]

@@ -1,13 +1,15 @@
-"""The driver killed with SIGKILL at any moment, then the same command again: the same bytes, nothing done twice."""
+"""The driver killed with SIGKILL at any moment, then the same command again: the same bytes, nothing done twice. And
+drivers that are told to stop, at work and while they wait."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,17 +56,53 @@ def test_a_driver_killed_half_way_leaves_whole_parts_and_the_next_run_does_only_
     assert not list(output.rglob(".*.tmp"))
 
 
-def test_sigterm_stops_in_seconds_and_says_how_to_go_on(config: Path) -> None:
-    """As a cluster's preemption does."""
-    output = config.parent / "terminated"
+@pytest.mark.parametrize("stop", ["SIGTERM, as a cluster's preemption sends it", "Ctrl-C in a terminal"])
+def test_a_driver_that_is_told_to_stop_does_so_in_seconds_and_says_how_to_go_on(config: Path, stop: str) -> None:
+    output = config.parent / stop[:6]
     with driver_at_work(config, output, at_least=1) as driver:
-        asked = time.monotonic()
-        driver.terminate()
-        said, _ = driver.communicate(timeout=60)
-    assert time.monotonic() - asked < 15
-    assert driver.returncode == 130
-    assert "go on with" in said.decode() and f"output={output}" in said.decode()
+        if "Ctrl-C" in stop:
+            os.killpg(driver.pid, signal.SIGINT)  # a terminal tells all the group
+        else:
+            driver.terminate()
+        said = stopped_within(driver, seconds=15)
+    assert "go on with" in said and f"output={output}" in said
     assert not (output / "lease.json").exists() and not list(output.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("after_s", [0.2, 2.0])
+def test_a_driver_that_is_told_to_stop_while_ray_starts_stops_too(config: Path, after_s: float) -> None:
+    output = config.parent / f"starting-{after_s}"
+    with driver(config, output) as process:
+        wait_for(process, lambda: (output / "plan.json").exists())
+        time.sleep(after_s)
+        process.terminate()
+        said = stopped_within(process, seconds=15)
+    assert f"output={output}" in said
+    assert not (output / "lease.json").exists() and not list(output.rglob(".*.tmp"))
+
+
+def test_a_driver_that_is_told_to_stop_while_it_waits_for_a_store_stops_too(config: Path, tmp_path: Path) -> None:
+    """The store takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.getsockname()[1]}", "AWS_REGION": "us-east-1"}
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        with driver(config, tmp_path / "out", "shards=s3://bucket/", **endpoint, **keys) as process:
+            store.settimeout(60)
+            connection, _ = store.accept()
+            process.terminate()
+            said = stopped_within(process, seconds=10)
+            connection.close()
+    assert "to go on" in said and "shards=s3://bucket/" in said
+    assert not (tmp_path / "out" / "lease.json").exists()
+
+
+def stopped_within(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """What it said, when it ended in time and with the code for that."""
+    asked = time.monotonic()
+    said = process.communicate(timeout=60)[0].decode()
+    assert time.monotonic() - asked < seconds, said
+    assert process.returncode == 130, said
+    return said
 
 
 def kill_driver_when_parts_exist(config: Path, output: Path, *, at_least: int) -> None:
@@ -74,23 +112,33 @@ def kill_driver_when_parts_exist(config: Path, output: Path, *, at_least: int) -
 
 
 @contextmanager
-def driver_at_work(config: Path, output: Path, *, at_least: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A `dvae tokenize` that has published so many parts; gone, whatever happens, when the block ends."""
-    command = [sys.executable, "-m", "jobs.cli", "tokenize", str(config), f"output={output}"]
-    driver = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def driver(config: Path, output: Path, *overrides: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A `dvae tokenize`; gone, whatever happens, when the block ends."""
+    command = [sys.executable, "-m", "jobs.cli", "tokenize", str(config), f"output={output}", *overrides]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     try:
-        wait_for_parts(driver, output / "tokens", at_least)
-        yield driver
+        yield process
     finally:
-        driver.kill()
-        driver.communicate()
+        process.kill()
+        process.communicate()
 
 
-def wait_for_parts(driver: subprocess.Popen[bytes], folder: Path, at_least: int, timeout_s: float = 120) -> None:
-    for _ in range(int(timeout_s / 0.005)):
-        if folder.is_dir() and len(list(folder.glob("*.parquet"))) >= at_least:
-            return
-        if driver.poll() is not None:
-            raise AssertionError(f"ended too early: {driver.communicate()[0].decode()}")
+@contextmanager
+def driver_at_work(config: Path, output: Path, *, at_least: int) -> Iterator[subprocess.Popen[bytes]]:
+    """One that has published so many parts."""
+    with driver(config, output) as process:
+        wait_for(process, lambda: len(list((output / "tokens").glob("*.parquet"))) >= at_least)
+        yield process
+
+
+def wait_for(process: subprocess.Popen[bytes], happened: Callable[[], bool], timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not happened():
+        if process.poll() is not None:
+            raise AssertionError(f"ended too early: {process.communicate()[0].decode()}")
+        if time.monotonic() > until:
+            raise TimeoutError("it never happened")
         time.sleep(0.005)
-    raise TimeoutError(f"never {at_least} parts")
