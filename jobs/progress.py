@@ -44,7 +44,7 @@ class JobProgress:
         self._done += count
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, text=text)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S or self._done == self._total:
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S or (count and self._done == self._total):
             self._last_line = time.monotonic()
             log.info("%s %d of %d, %s, %s left", self._what, self._done, self._total, text, self._left())
 
