@@ -69,7 +69,7 @@ def test_on_a_spot_machines_notice_its_actor_finishes_what_it_holds_and_gets_no_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["kill"])
+@pytest.mark.parametrize("what", ["kill", "freeze"])
 def test_a_node_that_dies_or_is_cut_off_takes_no_shard_along_even_with_a_single_attempt(
     folder: Path, what: str
 ) -> None:
