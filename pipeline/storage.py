@@ -15,7 +15,7 @@ import fsspec
 from aiohttp import ClientTimeout
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import conditional_writes, local_disk, stored_object
+from pipeline import local_disk, object_writes, stored_object
 from pipeline.errors import StorageError
 from pipeline.records import ObjectInfo
 from pipeline.store_requests import ShortAnswer, request
@@ -107,7 +107,7 @@ def exists(url: str) -> bool:
 def publish(url: str, data: bytes) -> None:
     """Make `data` appear at `url` whole or not at all, replacing what was there."""
     fs, path = filesystem(url)
-    put = partial(local_disk.write_whole, Path(path)) if is_local(url) else partial(fs.pipe_file, path)
+    put = partial(local_disk.write_whole, Path(path)) if is_local(url) else partial(object_writes.put, fs, path)
     request("write", url, lambda: put(data), writes=True)
 
 
@@ -119,7 +119,7 @@ def create(url: str, data: bytes) -> bool:
     def put() -> bool:
         if is_local(url):
             return local_disk.create_whole(Path(path), data)
-        return conditional_writes.create(fs, path, data)
+        return object_writes.create(fs, path, data)
 
     return request("create", url, put, writes=True)
 
@@ -132,7 +132,7 @@ def swap(url: str, data: bytes, old: bytes) -> bool:
     def put() -> bool:
         if is_local(url):
             return local_disk.swap_whole(Path(path), data, old)
-        swap_there = conditional_writes.swap if is_s3(url) else conditional_writes.swap_hopefully
+        swap_there = object_writes.swap if is_s3(url) else object_writes.swap_hopefully
         return swap_there(fs, path, data, old)
 
     return request("write", url, put, writes=True)
@@ -195,7 +195,8 @@ def list_files(prefix_url: str) -> list[ObjectInfo]:
         found = request("list", prefix_url, lambda: fs.find(path, detail=True))
     except FileNotFoundError:
         return []
-    infos = (_info(normalize(prefix_url), path, {**entry, "name": name}) for name, entry in found.items())
+    entries = ({**entry, "name": name} for name, entry in found.items() if entry.get("type") != "directory")
+    infos = (_info(normalize(prefix_url), path, entry) for entry in entries)
     return sorted((i for i in infos if not local_disk.is_temporary(base_name(i.url))), key=lambda info: info.url)
 
 

@@ -6,7 +6,12 @@ import os
 import re
 from pathlib import Path
 
-_QUERY = re.compile("[?#]")
+_WEB_QUERY = re.compile("[?#]")
+_SIGNED_QUERY = re.compile(
+    r"[?#](?=(?:[^?#]*&)?(?:versionid|sig|sas|sv|se|token|[a-z_-]*(?:signature|credential|key|secret|password|token)"
+    r"|x-(?:amz|goog)-[a-z-]*|awsaccesskeyid|googleaccessid)=)",
+    re.IGNORECASE,
+)
 _URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
 
 
@@ -20,11 +25,13 @@ def normalize(url: str) -> str:
 
 
 def public_url(url: str) -> str:
-    """`url` without query string, fragment and credentials: what may be hashed, stored and shown."""
+    """`url` without credentials: what may be hashed, stored and shown. A web address loses its query string and
+    fragment. Elsewhere `?` and `#` may stand in a name, so only what looks like a signature or a version is cut off."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
-    host, slash, path = _QUERY.split(rest, maxsplit=1)[0].partition("/")
+    end = _WEB_QUERY if is_web(url) else _SIGNED_QUERY
+    host, slash, path = end.split(rest, maxsplit=1)[0].partition("/")
     if not scheme.startswith(("abfs", "wasb")):  # there it is container@account
         host = host.rpartition("@")[2]
     return f"{scheme}://{host}{slash}{path}"

@@ -139,6 +139,19 @@ def test_a_part_that_came_in_one_put_has_its_md5_for_a_mark(s3: str) -> None:
     assert storage.look_at(info.url).md5 == hashlib.md5(data).digest()
 
 
+def test_keys_with_question_marks_and_hashes_are_shards_like_others(s3: str) -> None:
+    names = ["a#1.tar", "a?1.tar", "a?2.tar"]
+    for name in names:
+        storage.publish(f"{s3}/odd/{name}", name.encode())
+    shards = expand([f"{s3}/odd"])
+    assert [storage.public_url(shard.url) for shard in shards] == [f"{s3}/odd/{name}" for name in names]
+    for shard, name in zip(shards, names, strict=True):
+        with open_shard(shard) as stream:
+            assert stream.read() == name.encode()
+        storage.remove(shard.url)
+    assert storage.list_files(f"{s3}/odd") == []
+
+
 def test_a_range_behind_the_end_is_an_error_and_not_a_short_answer(s3: str) -> None:
     storage.publish(f"{s3}/ten", b"0123456789")
     assert storage.read_range(f"{s3}/ten", 2, 3) == b"234"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import http.server
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,15 +16,14 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from make_data import listed, sample_members, tar_bytes
+from make_data import listed
 from pipeline import ranged_reader, shard_stream, storage, store_requests
 from pipeline.errors import ShardChanged, ShardTruncated, ShardUnreadable
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
 from pipeline.shard_stream import open_shard
 from pipeline.shards import read_samples
-
-TAR = tar_bytes(sample_members(0, 12))
+from web_server import TAR, Web, serve
 
 
 @pytest.fixture(autouse=True)
@@ -170,59 +166,6 @@ def test_a_store_whose_marks_are_no_md5s_is_believed_after_two_readings_that_agr
 
 
 # Web servers
-
-
-class Web(http.server.BaseHTTPRequestHandler):
-    """Serves TAR; `ranges`, `length` and `head` say what the server knows. A HEAD is like a GET here."""
-
-    protocol_version = "HTTP/1.1"
-    ranges = length = True
-    truncate: int | None = None
-    cut_once: ClassVar[list[str]] = []  # ranges of which only some bytes are sent, the first time
-    requests: ClassVar[list[str]] = []
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, *, with_body: bool) -> None:
-        asked = self.headers.get("Range", "") if self.ranges else ""
-        Web.requests.append(f"{self.command} {asked}".strip())
-        data = TAR
-        if asked:
-            start, end = (int(n) for n in asked.removeprefix("bytes=").split("-"))
-            data = TAR[start : end + 1]
-        self.send_response(206 if asked else 200)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{end}/{len(TAR)}")
-        if self.length:
-            self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        if with_body:
-            cut = self.headers.get("Range") in self.cut_once
-            self.wfile.write(data[: 1000 if cut else self.truncate])
-            if cut:
-                self.cut_once.remove(self.headers["Range"])
-        self.close_connection = True
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@contextmanager
-def serve(**changes: Any) -> Iterator[str]:
-    handler = type("Changed", (Web,), changes)
-    Web.requests.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/x.tar"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.mark.server

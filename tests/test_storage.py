@@ -21,6 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from make_data import Killed, MortalStore
 from pipeline import local_disk, storage
 from pipeline.errors import NoShardsMatched, PipelineError, ShardTruncated, StorageError
+from pipeline.output import part_name
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
 
@@ -70,10 +71,33 @@ def test_relative_paths_become_absolute_and_home_is_known(monkeypatch: pytest.Mo
         ("https://[broken/x.tar?q", "https://[broken/x.tar"),
         ("abfss://container@account.dfs.core.windows.net/x.tar?sas=1", "abfss://container@account.dfs.core.windows.net/x.tar"),
         ("/local/what?/a#b@c.tar", "/local/what?/a#b@c.tar"),
+        ("s3://bucket/why?/x#1.tar", "s3://bucket/why?/x#1.tar"),
+        ("gs://bucket/a?b=c&d.tar", "gs://bucket/a?b=c&d.tar"),
+        ("az://box/x?y.tar?se=1&sig=abc%3D", "az://box/x?y.tar"),
+        ("s3://user:secret@bucket/what?.tar", "s3://bucket/what?.tar"),
+        ("s3://b/x.tar?X-Amz-Algorithm=A&X-Amz-Signature=abc", "s3://b/x.tar"),
+        ("s3://b/x.tar?a=1&AWSAccessKeyId=abc&Signature=def", "s3://b/x.tar"),
+        ("s3://b/x.tar?versionId=abc", "s3://b/x.tar"),
+        ("gs://b/x.tar#access_token=abc", "gs://b/x.tar"),
     ],
 )  # fmt: skip
 def test_what_is_shown_of_a_url_holds_no_credentials_and_no_query(url: str, shown: str) -> None:
     assert storage.public_url(url) == shown == storage.public_url(shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [("s3://b/a/x?1#2.tar", "x?1#2.tar"), ("https://h/a/x.tar?b=/y", "x.tar"), ("s3://b", ""), ("https://h", ""),
+     ("/a/x#1.tar", "x#1.tar"), ("x.tar", "x.tar")],
+)  # fmt: skip
+def test_the_last_piece_of_a_url(url: str, name: str) -> None:
+    assert storage.base_name(url) == name
+
+
+def test_shards_whose_names_differ_behind_a_question_mark_have_parts_of_their_own() -> None:
+    names = ("a?1.tar", "a?2.tar", "a#1.tar", "a.tar")
+    assert len({part_name(f"s3://b/{name}") for name in names}) == len(names)
+    assert part_name("https://h/a.tar?sig=1") == part_name("https://h/a.tar?sig=2")
 
 
 def test_urls_inside_messages_are_shown_the_same_way() -> None:

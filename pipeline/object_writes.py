@@ -1,4 +1,5 @@
-"""Writes that succeed only where nothing is, or where what is there is known. storage.py hands in fsspec's file system.
+"""Writes to an object store: given up when they hang, or done only where what is there is known. storage.py hands in
+fsspec's file system.
 
 A client that gets no answer tries again by itself and is then refused by its own success; so whoever is refused looks
 at what is there.
@@ -6,10 +7,30 @@ at what is there.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from typing import Any
 
 from pipeline.store_requests import is_changed
+
+READ_TIMEOUT_S = 15.0  # of s3fs, where nobody chose another
+SLOWEST_BYTES_PER_S = 100_000
+
+
+def put(fs: Any, path: str, data: bytes, **options: Any) -> None:
+    """Replace what is there. Raises TimeoutError when it hangs: S3's client waits without end for the word to send the
+    body ("100-continue"), and for a body that nobody takes."""
+    if not fs.async_impl:
+        fs.pipe_file(path, data, **options)
+        return
+    client_timeout_s = getattr(fs, "config_kwargs", {}).get("read_timeout", READ_TIMEOUT_S)
+    limit_s = 4 * client_timeout_s + len(data) / SLOWEST_BYTES_PER_S
+    writing = asyncio.run_coroutine_threadsafe(fs._pipe_file(path, data, **options), fs.loop)
+    try:
+        writing.result(limit_s)
+    except TimeoutError as error:
+        writing.cancel()  # or it would write when all have gone on
+        raise TimeoutError(str(error) or f"not taken within {limit_s:.0f} s") from error
 
 
 def create(fs: Any, path: str, data: bytes) -> bool:
@@ -17,7 +38,7 @@ def create(fs: Any, path: str, data: bytes) -> bool:
     # adlfs goes by `overwrite` and knows no `mode`; the others the other way round.
     options = {"overwrite": False} if "abfs" in fs.protocol else {"mode": "create"}
     try:
-        fs.pipe_file(path, data, **options)
+        put(fs, path, data, **options)
     except Exception as error:  # each store's client raises its own kinds
         if not _is_refused(error):
             raise
@@ -36,7 +57,7 @@ def swap(fs: Any, path: str, data: bytes, old: bytes) -> bool:
     if there != old:
         return there == data
     try:
-        fs.pipe_file(path, data, IfMatch=etag)
+        put(fs, path, data, IfMatch=etag)
     except Exception as error:  # as above
         if not _is_refused(error):
             raise
@@ -48,7 +69,7 @@ def swap_hopefully(fs: Any, path: str, data: bytes, old: bytes) -> bool:
     """As `swap`, where the client knows no such condition: of two at the same moment both may be told that they won."""
     there = _read(fs, path)
     if there == old:
-        fs.pipe_file(path, data)
+        put(fs, path, data)
         there = _read(fs, path)
     return there == data
 
