@@ -60,7 +60,8 @@ TRAPS: dict[str, str] = {
     "4 killed between any two steps of the commit": """
         test_tokenize_shard.py::test_killed_between_any_two_steps_and_run_again_gives_identical_bytes
         test_tokenize_shard.py::test_errors_come_before_the_part_and_a_stale_errors_file_goes_before_it
-        test_driver_killed.py::test_a_driver_killed_half_way_leaves_whole_parts_and_the_next_run_does_only_the_rest""",
+        test_driver_killed.py::test_a_driver_killed_half_way_leaves_whole_parts_and_the_next_run_does_only_the_rest
+        test_chaos.py::test_sixty_kills_leave_the_bytes_of_an_undisturbed_run""",
     "4 two drivers at once on one output": """
         test_two_drivers.py::test_one_of_two_drivers_does_the_work_and_the_other_ends_with_3_in_seconds
         test_lease.py::test_of_many_that_take_over_a_dead_lease_at_once_exactly_one_holds_it""",
@@ -104,8 +105,15 @@ TRAPS: dict[str, str] = {
         test_s3.py::test_a_large_object_whose_last_part_fails_is_not_there""",
     "14 a create-only PUT whose answer is lost": """
         test_s3.py::test_create_only_is_refused_where_something_is_and_admits_its_own_success
+        test_s3.py::test_swap_replaces_only_what_was_seen_and_admits_its_own_success
+        test_faults.py::test_answers_that_are_refused_lost_or_late_change_nothing
         test_storage.py::test_create_is_refused_where_something_is_unless_it_is_our_own""",
-    "15 cut downloads, corrupted bytes, a server that hangs, stale listings": """
+    "15 503 SlowDown, resets, cut downloads, corrupted bytes, a server that hangs, stale listings": """
+        test_faults.py::test_answers_that_are_refused_lost_or_late_change_nothing
+        test_faults.py::test_a_storm_of_slow_downs_is_ridden_out
+        test_faults.py::test_downloads_and_uploads_that_are_cut_or_damaged_change_nothing
+        test_faults.py::test_a_server_that_hangs_is_asked_again
+        test_shard_stream.py::test_one_damaged_byte_is_found_and_the_next_reading_is_good
         test_ranged_reader.py::test_a_cut_at_every_byte_gives_the_same_bytes
         test_ranged_reader.py::test_a_block_that_never_comes_is_given_up_and_asked_for_again
         test_shard_stream.py::test_a_download_in_one_go_that_is_cut_is_an_error_and_not_a_short_shard
@@ -118,6 +126,7 @@ TRAPS: dict[str, str] = {
     "19 a partition that is noticed late, a cluster that dies": """
         test_pace.py::test_the_deadline_is_ten_times_the_slowest_seen_for_as_many_bytes
         test_dispatch.py::test_of_a_hung_actor_only_the_hung_shard_is_charged_and_suspected
+        test_nodes_go.py::test_a_node_that_dies_or_is_cut_off_takes_no_shard_along_even_with_a_single_attempt
         test_driver_killed.py::test_a_driver_killed_half_way_leaves_whole_parts_and_the_next_run_does_only_the_rest""",
     "20 all shards submitted at once, and their outcome ignored": """
         test_dispatch.py::test_shards_go_out_in_order_and_never_more_than_the_limit_to_one_actor
