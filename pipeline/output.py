@@ -80,11 +80,16 @@ def check_run(output: OutputPrefix, run: RunDescription, *, accept_numerics: boo
 def claim(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -> None:
     """As `check_run`, then write run.json. Only for whoever holds the prefix."""
     check_run(output, run, accept_numerics=accept_numerics)
-    stored = read_run(output) or {}
+    url = output.file("run.json")
+    there = _bytes_or_none(url)
+    stored = {} if there is None else _parse(url, there)
     same = _mismatch(output, stored, run, accept_numerics) is None
     used = (stored.get("numerics") or []) if same else []
-    if not same or dict(run.numerics) not in used:
-        storage.publish(output.file("run.json"), _run_json(run, [*used, dict(run.numerics)]))
+    if same and dict(run.numerics) in used:
+        return
+    mine = _run_json(run, [*used, dict(run.numerics)])
+    if not (storage.create(url, mine) if there is None else storage.swap(url, mine, there)):
+        raise RunMismatch(f"{storage.public_url(url)} was written by another driver at the same moment; run again")
 
 
 def _has_results(output: OutputPrefix) -> bool:
@@ -108,10 +113,20 @@ def require_run(output: OutputPrefix) -> dict[str, Any]:
 
 def read_json(url: str) -> dict[str, Any] | None:
     """An object of JSON, or None where there is none. Raises Damaged, StorageError."""
+    data = _bytes_or_none(url)
+    return None if data is None else _parse(url, data)
+
+
+def _bytes_or_none(url: str) -> bytes | None:
     try:
-        return dict(json.loads(storage.read_bytes(url)))
+        return storage.read_bytes(url)
     except FileNotFoundError:
         return None
+
+
+def _parse(url: str, data: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(data))
     except (ValueError, TypeError) as error:
         raise Damaged(f"{storage.public_url(url)} is damaged: {error}") from error
 

@@ -229,3 +229,28 @@ def test_messages_hold_no_credentials_of_the_output() -> None:
 def test_there_is_no_run_until_one_is_claimed(tmp_path: Path) -> None:
     assert read_run(OutputPrefix(str(tmp_path))) is None
     assert read_run(OutputPrefix("memory://output-test/nothing")) is None
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+def test_a_run_json_that_another_driver_writes_at_that_moment_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
+) -> None:
+    output, real = OutputPrefix(str(tmp_path)), storage.read_bytes
+    if there_before:
+        storage.publish(output.file("run.json"), b"{}")
+
+    reads: list[str] = []
+
+    def read_bytes(url: str) -> bytes:
+        reads.append(url)
+        try:
+            return real(url)
+        finally:
+            if len(reads) == 2:  # when all has been looked at
+                storage.publish(url, b'{"of": "the other driver"}')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_bytes", read_bytes)
+        with pytest.raises(RunMismatch, match="at the same moment; run again"):
+            claim(output, run(), accept_numerics=False)
+    assert real(output.file("run.json")) == b'{"of": "the other driver"}'
