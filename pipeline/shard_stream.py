@@ -32,7 +32,12 @@ def open_shard(shard: ObjectInfo) -> BinaryIO:
         raise ShardUnreadable(shard.url, "its server does not say how long it is, so a cut one could not be told")
     _require_same(shard, found)
     raw = _ranges(shard, found) if found.fetch else storage.open_stream(shard.url)
-    return cast(BinaryIO, _Checked(raw, lambda md5: _check_end(shard, found, md5)))
+    hashes = found.md5 is not None and _bucket(shard) not in _without_md5
+    return cast(BinaryIO, _Checked(raw, hashes, lambda md5: _check_end(shard, found, md5)))
+
+
+def _bucket(shard: ObjectInfo) -> str:
+    return "/".join(shard.url.split("/", 3)[:3])
 
 
 def _ranges(shard: ObjectInfo, found: StoredObject) -> BinaryIO:
@@ -67,21 +72,22 @@ def _final_or_not(shard: ObjectInfo, found: StoredObject) -> Fetch:
     return fetch
 
 
-def _check_end(shard: ObjectInfo, found: StoredObject, md5: bytes) -> None:
-    """After the last byte: it is the same object still, and these are its bytes."""
+def _check_end(shard: ObjectInfo, found: StoredObject, md5: bytes | None) -> None:
+    """After the last byte: it is the same object still, and these are its bytes (where there is an MD5 to tell)."""
     now = storage.stat(shard.url)
     if now is None:
         raise ShardChanged(shard.url, "was removed while it was read; run again, or put it back")
     _require_same(shard, now)
-    bucket = "/".join(shard.url.split("/", 3)[:3])
-    if found.md5 in (None, md5) or bucket in _without_md5:
+    if md5 is None or md5 == found.md5:
         return
     if _md5_again(shard, found) != md5:
         raise ShardUnreadable(shard.url, "came damaged: the bytes do not have the store's MD5")
     # Twice the same bytes: the line is sound, and so it is the mark that is something else.
-    _without_md5.add(bucket)
-    log.warning("%s marks its objects with no MD5 of their content (so do encrypted buckets): "
-                "from here on its shards are checked by their size and their tar only", public_url(bucket))  # fmt: skip
+    _without_md5.add(_bucket(shard))
+    said = (
+        "%s marks its objects with no MD5 of their content (so do encrypted buckets): size and tar must do from here on"
+    )
+    log.warning(said, public_url(_bucket(shard)))
 
 
 def _md5_again(shard: ObjectInfo, found: StoredObject) -> bytes:
@@ -93,21 +99,22 @@ def _md5_again(shard: ObjectInfo, found: StoredObject) -> bytes:
 
 
 class _Checked(io.RawIOBase):
-    """Hashes what passes, and calls `at_end` with the MD5 before it says that there is no more."""
+    """Calls `at_end` before it says that there is no more, with the MD5 of what passed if it `hashes`."""
 
-    def __init__(self, raw: BinaryIO, at_end: Callable[[bytes], None]) -> None:
+    def __init__(self, raw: BinaryIO, hashes: bool, at_end: Callable[[bytes | None], None]) -> None:
         self._raw, self._at_end, self._ended = raw, at_end, False
-        self._md5 = hashlib.md5(usedforsecurity=False)
+        self._md5 = hashlib.md5(usedforsecurity=False) if hashes else None
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
         data = self._raw.read(size)
-        self._md5.update(data)
+        if self._md5 is not None:
+            self._md5.update(data)
         if not data and size != 0 and not self._ended:
             self._ended = True
-            self._at_end(self._md5.digest())
+            self._at_end(self._md5.digest() if self._md5 is not None else None)
         return data
 
     def close(self) -> None:
