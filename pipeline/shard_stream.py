@@ -84,9 +84,7 @@ def _check_end(shard: ObjectInfo, found: StoredObject, md5: bytes | None) -> Non
         raise ShardUnreadable(shard.url, "came damaged: the bytes do not have the store's MD5")
     # Twice the same bytes: the line is sound, and so it is the mark that is something else.
     _without_md5.add(_bucket(shard))
-    said = (
-        "%s marks its objects with no MD5 of their content (so do encrypted buckets): size and tar must do from here on"
-    )
+    said = "%s marks objects with no MD5 of their content (so do encrypted buckets): size and tar must do from here on"
     log.warning(said, public_url(_bucket(shard)))
 
 
