@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.store_requests import is_changed
 
 READ_TIMEOUT_S = 15.0  # of s3fs, where nobody chose another
+SPARE_S = 4.0  # to connect; three writes that hang fit into the patience of store_requests.py
 SLOWEST_BYTES_PER_S = 100_000
 
 
@@ -23,14 +24,18 @@ def put(fs: Any, path: str, data: bytes, **options: Any) -> None:
     if not fs.async_impl:
         fs.pipe_file(path, data, **options)
         return
-    client_timeout_s = getattr(fs, "config_kwargs", {}).get("read_timeout", READ_TIMEOUT_S)
-    limit_s = 4 * client_timeout_s + len(data) / SLOWEST_BYTES_PER_S
+    limit_s = time_limit_s(fs, len(data))
     writing = asyncio.run_coroutine_threadsafe(fs._pipe_file(path, data, **options), fs.loop)
     try:
         writing.result(limit_s)
     except TimeoutError as error:
         writing.cancel()  # or it would write when all have gone on
         raise TimeoutError(str(error) or f"not taken within {limit_s:.0f} s") from error
+
+
+def time_limit_s(fs: Any, num_bytes: int) -> float:
+    client_timeout_s = float(getattr(fs, "config_kwargs", {}).get("read_timeout", READ_TIMEOUT_S))
+    return client_timeout_s + SPARE_S + num_bytes / SLOWEST_BYTES_PER_S
 
 
 def create(fs: Any, path: str, data: bytes) -> bool:

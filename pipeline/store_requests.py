@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError, StorageError
 from pipeline.urls import is_local, public_text, public_url
 
 PATIENCE_S = 60.0  # a server that is started again, a storm of "slow down"
+WRITE_TRIES = 3  # at least: one write that hangs may take all the patience
 MAX_PAUSE_S = 8.0
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,8 +55,9 @@ class ShortAnswer(OSError):
 def request(action: str, url: str, call: Callable[[], T], *, writes: bool = False) -> T:
     """What `call` gives. Raises StorageError with the action and the URL, whatever the store's client raises; a missing
     object stays FileNotFoundError, but where one is written it is the bucket or the folder that is missing."""
+    may_pass = (lambda error: False) if is_local(url) else is_passing
     try:
-        return patiently(f"{action} {public_url(url)}", call, lambda error: not is_local(url) and is_passing(error))
+        return patiently(f"{action} {public_url(url)}", call, may_pass, WRITE_TRIES if writes else 1)
     except PipelineError:
         raise
     except Exception as error:  # each store's client raises its own kinds, botocore's are no OSError

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import object_writes
+from pipeline import object_writes, store_requests
+from pipeline.errors import StorageError
 
 
 class Hanging:
@@ -22,9 +23,12 @@ class Hanging:
         self.loop, self._hang_s = loop, hang_s
         self.config_kwargs = {"read_timeout": read_timeout_s}
         self.written: dict[str, bytes] = {}
+        self.num_hangs, self.tries = 10**9, 0
 
     async def _pipe_file(self, path: str, data: bytes, **options: Any) -> None:
-        await asyncio.sleep(self._hang_s)
+        self.tries += 1
+        if self.tries <= self.num_hangs:
+            await asyncio.sleep(self._hang_s)
         self.written[path] = data
 
 
@@ -39,7 +43,13 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def test_a_write_that_hangs_is_given_up_after_four_of_the_clients_timeouts_and_never_done(
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_writes, "SPARE_S", 0.05)
+    monkeypatch.setattr(store_requests, "MAX_PAUSE_S", 0.0)
+
+
+def test_a_write_that_hangs_is_given_up_after_the_clients_timeout_and_never_done(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     store = Hanging(loop, hang_s=0.5, read_timeout_s=0.05)
@@ -54,3 +64,32 @@ def test_the_time_for_a_write_grows_with_its_bytes(loop: asyncio.AbstractEventLo
     data = bytes(object_writes.SLOWEST_BYTES_PER_S)
     object_writes.put(store, "b/k", data)
     assert store.written == {"b/k": data}
+
+
+@pytest.mark.parametrize("num_hangs", [1, 2])
+def test_a_write_that_hangs_is_tried_again_though_it_took_all_the_patience(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, num_hangs: int
+) -> None:
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.05)
+    store = Hanging(loop, hang_s=10, read_timeout_s=0.05)
+    store.num_hangs = num_hangs
+    store_requests.request("write", "s3://b/k", lambda: object_writes.put(store, "b/k", b"data"), writes=True)
+    assert store.written == {"b/k": b"data"} and store.tries == num_hangs + 1
+
+
+def test_a_write_that_always_hangs_is_a_storage_error_after_three_tries(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.05)
+    store = Hanging(loop, hang_s=10, read_timeout_s=0.05)
+    with pytest.raises(StorageError, match="not taken within"):
+        store_requests.request("write", "s3://b/k", lambda: object_writes.put(store, "b/k", b"data"), writes=True)
+    assert store.tries == 3 and store.written == {}
+
+
+def test_three_small_writes_that_hang_fit_into_the_patience_with_nothing_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    assert 3 * object_writes.time_limit_s(object(), 0) <= store_requests.PATIENCE_S
+    assert object_writes.time_limit_s(object(), 0) > object_writes.READ_TIMEOUT_S  # the client's own comes first
