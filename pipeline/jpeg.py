@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 START = b"\xff\xd8\xff"
-_CHUNK_BYTES = 1 << 20
+MAX_SCANS = 1000  # encoders write about ten; a decoder goes over the whole picture for each
 _MARKER = re.compile(rb"\xff([^\x00\xff])")
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # Eight bytes of ones, stuffed: what a Huffman decoder may look ahead behind the last block. No code is all ones, so
 # they decode into two blocks at most.
 _PADDING = b"\xff\x00" * 8
@@ -22,8 +21,6 @@ _HUFFMAN_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xCA)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC lie between them
 _START_OF_SCAN = 0xDA
 _ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # without length and content
-
-# N bytes of the file, M of them 0xff
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class _Scan:
 def with_open_end(data: bytes) -> bytes:
     """`data` such that a decoder runs out of bytes where the picture was cut: padding instead of the end marker. The
     pixels of a whole picture are the same. One with several scans (progressive) comes back as it is, and so do bytes
-    that are no JPEG. Raises OSError ("truncated") where the end marker or a scan is missing. Not noticed: a cut in the
-    last of several scans, which brings the last bit of the finer details."""
+    that are no JPEG. Raises OSError: "truncated" where the end marker or a scan is missing; more than MAX_SCANS.
+    Not noticed: a part missing within one of several scans, restart intervals taken out, changed bytes that decode."""
     kind, components, scans = _read(data)
     if kind in _HUFFMAN_SEQUENTIAL and scans and scans[0].components == components:
         return b"".join([memoryview(data)[: scans[0].data_end], _PADDING])
@@ -64,7 +61,7 @@ def _complete(scans: list[_Scan], last: int) -> frozenset[int]:
 
 
 def _read(data: bytes) -> tuple[int, frozenset[int], list[_Scan]]:
-    """The kind of frame, its components, and the scans that have an end."""
+    """The kind of frame, its components, and the scans that have an end. Raises OSError where these are too many."""
     kind, components = 0, frozenset[int]()
     scans: list[_Scan] = []
     for marker, body, end in _segments(data):
@@ -73,19 +70,15 @@ def _read(data: bytes) -> tuple[int, frozenset[int], list[_Scan]]:
         elif marker == _START_OF_SCAN:
             ids, (first, last, bits) = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :][:3]
             scans.append(_Scan(frozenset(ids), first, last, bits & 15, end))
+        if len(scans) > MAX_SCANS:
+            raise OSError(f"it has more than {MAX_SCANS} scans")
     return kind, components, scans
 
 
 def _scan_end(data: bytes, start: int) -> int | None:
     """The first marker behind `start`: stuffed bytes and restart markers belong to the scan."""
-    bytes_N = np.frombuffer(data, np.uint8)
-    for chunk in range(start, len(data), _CHUNK_BYTES):
-        at_M = chunk + np.flatnonzero(bytes_N[chunk : chunk + _CHUNK_BYTES] == 0xFF)
-        next_M = bytes_N[np.minimum(at_M + 1, len(data) - 1)]
-        ends_M = at_M[(next_M != 0) & (next_M != 0xFF) & (next_M & 0xF8 != 0xD0)]
-        if len(ends_M):
-            return int(ends_M[0])
-    return None
+    found = _END_OF_SCAN.search(data, start)
+    return found.start() if found else None
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
@@ -102,7 +95,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
         body = data[at - length + 2 : at]
         if marker in _FRAMES and len(body) < 9:
             return
-        if marker == _START_OF_SCAN and not 6 <= len(body) == 4 + 2 * body[0]:
+        if marker == _START_OF_SCAN and not 6 <= len(body) == 4 + 2 * body[0] <= 12:  # of four components at most
             return
         if marker == _START_OF_SCAN:
             end = _scan_end(data, at)

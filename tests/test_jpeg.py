@@ -14,7 +14,7 @@ from PIL import Image
 
 from make_data import encoded
 from pipeline.images import ImageSpec, SampleError, open_rgb
-from pipeline.jpeg import with_open_end
+from pipeline.jpeg import MAX_SCANS, with_open_end
 
 END = b"\xff\xd9"
 SEQUENTIAL: list[dict[str, Any]] = [
@@ -135,6 +135,28 @@ def test_hostile_markers_end_soon() -> None:
         outcome(b"\xff\xd8" + head + data[2:])
         outcome(b"\xff\xd8\xff" + head)
     assert time.monotonic() - started < 20
+
+
+def test_many_scans_are_refused_as_undecodable_in_no_time() -> None:
+    data = encoded(Image.new("RGB", (8, 8)), "JPEG", progressive=True)
+    first = data.index(b"\xff\xda")
+    scan = b"\xff\xda\0\x08\x01\x01\0\0\0\0" + bytes(10)
+    assert with_open_end(data[:first] + scan * (MAX_SCANS - 50) + data[first:])
+    started = time.monotonic()
+    with pytest.raises(OSError, match="more than 1000 scans"):
+        with_open_end(data[:first] + scan * 50_000 + data[first:])
+    assert time.monotonic() - started < 0.5
+    assert outcome(data[:first] + scan * 50_000 + data[first:]) == "undecodable"
+
+
+def test_many_scans_under_the_bound_take_time_in_proportion_to_their_bytes() -> None:
+    """Not for each scan all that follows it."""
+    data = encoded(Image.new("RGB", (8, 8)), "JPEG", progressive=True)
+    first = data.index(b"\xff\xda")
+    scans = (b"\xff\xda\0\x08\x01\x01\0\0\0\0" + b"\xff\0" * 5000) * (MAX_SCANS - 50)
+    started = time.monotonic()
+    with_open_end(data[:first] + scans + data[first:])
+    assert time.monotonic() - started < 1
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"not a jpeg", bytes(100)])
