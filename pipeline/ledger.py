@@ -75,12 +75,15 @@ class Ledger:
         self._appended = []
 
     def _publish(self, rows: list[ShardResult]) -> str:
+        """Under the next number that nobody has: a driver that lost its lease may have taken one meanwhile."""
+        data = _segment_bytes(rows)
         if self._next_number is None:
             self._segments()
-        url = storage.join(self._output.ledger_folder(), f"{self._next_number:08d}.parquet")
-        storage.publish(url, _segment_bytes(rows))
-        self._next_number = _number(url) + 1
-        return url
+        while True:
+            url = storage.join(self._output.ledger_folder(), f"{self._next_number:08d}.parquet")
+            self._next_number = _number(url) + 1
+            if storage.create(url, data):  # an equal one that is there says the same
+                return url
 
     def _segments(self) -> list[str]:
         urls = [info.url for info in storage.list_files(self._output.ledger_folder()) if _number(info.url)]

@@ -70,6 +70,16 @@ def test_a_ledger_that_was_not_read_first_overwrites_nothing(output: OutputPrefi
     assert segments(output) == ["00000001.parquet", "00000002.parquet"]
 
 
+def test_two_drivers_that_both_append_lose_no_row(output: OutputPrefix) -> None:
+    one, two = Ledger(output), Ledger(output)
+    assert one.read() == two.read() == {}  # both know the next number
+    for n in range(3):
+        one.append([row(n)])
+        two.append([row(10 + n)])
+    assert Ledger(output).read() == by_shard(*(row(n) for n in (0, 1, 2, 10, 11, 12)))
+    assert len(segments(output)) == 6
+
+
 def test_other_files_in_the_folder_are_passed_over(output: OutputPrefix, tmp_path: Path) -> None:
     Ledger(output).append([row(0)])
     for name in (".DS_Store", "notes.txt", "old.parquet", "00000007.tmp"):
