@@ -13,6 +13,7 @@ from typing import BinaryIO, cast
 
 from pipeline import storage
 from pipeline.errors import ShardChanged, ShardUnreadable
+from pipeline.md5_marks import Md5Marks, Verdict
 from pipeline.ranged_reader import Fetch, RangedReader
 from pipeline.records import ObjectInfo
 from pipeline.store_requests import is_changed, is_passing
@@ -20,7 +21,7 @@ from pipeline.stored_object import StoredObject
 from pipeline.urls import is_local, public_url
 
 log = logging.getLogger(__name__)
-_without_md5: set[str] = set()  # scheme and bucket of stores, in this process, whose marks were found to be no MD5s
+_marks = Md5Marks()  # what this process has seen
 
 
 def open_shard(shard: ObjectInfo) -> BinaryIO:
@@ -32,7 +33,7 @@ def open_shard(shard: ObjectInfo) -> BinaryIO:
         raise ShardUnreadable(shard.url, "its server does not say how long it is, so a cut one could not be told")
     _require_same(shard, found)
     raw = _ranges(shard, found) if found.fetch else storage.open_stream(shard.url)
-    hashes = found.md5 is not None and _bucket(shard) not in _without_md5
+    hashes = found.md5 is not None and _marks.may_be_md5s(_bucket(shard))
     return cast(BinaryIO, _Checked(raw, hashes, lambda md5: _check_end(shard, found, md5)))
 
 
@@ -78,14 +79,26 @@ def _check_end(shard: ObjectInfo, found: StoredObject, md5: bytes | None) -> Non
     if now is None:
         raise ShardChanged(shard.url, "was removed while it was read; run again, or put it back")
     _require_same(shard, now)
-    if md5 is None or md5 == found.md5:
+    if md5 is None:
+        return
+    if md5 == found.md5:
+        _marks.matched(_bucket(shard))
         return
     if _md5_again(shard, found) != md5:
         raise ShardUnreadable(shard.url, "came damaged: the bytes do not have the store's MD5")
-    # Twice the same bytes: the line is sound, and so it is the mark that is something else.
-    _without_md5.add(_bucket(shard))
-    said = "%s marks objects with no MD5 of their content (so do encrypted buckets): size and tar must do from here on"
-    log.warning(said, public_url(_bucket(shard)))
+    _judge(shard)
+
+
+def _judge(shard: ObjectInfo) -> None:
+    """Twice the same bytes: the line is sound, so it is the mark that is something else, or the object itself."""
+    verdict = _marks.differed(_bucket(shard), shard.url)
+    if verdict is Verdict.DAMAGED:
+        detail = "the store's own mark is not the MD5 of what it gives, as it is of other objects of this bucket"
+        raise ShardUnreadable(shard.url, f"is damaged in its store, or encrypted: {detail}; put it there again")
+    said = "%s came twice the same, and its store's mark is not its MD5 (so it is in encrypted buckets): taken as it is"
+    log.warning(said, public_url(shard.url))
+    if verdict is Verdict.NO_MD5S:
+        log.warning("%s has no MD5s for marks: size and tar must do from here on", public_url(_bucket(shard)))
 
 
 def _md5_again(shard: ObjectInfo, found: StoredObject) -> bytes:

@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from make_data import listed
 from pipeline import ranged_reader, shard_stream, storage, store_requests
 from pipeline.errors import ShardChanged, ShardTruncated, ShardUnreadable
+from pipeline.md5_marks import ENOUGH_STRANGERS, Md5Marks
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
 from pipeline.shard_stream import open_shard
@@ -31,7 +32,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_requests, "MAX_PAUSE_S", 0.0)
     monkeypatch.setattr(store_requests, "PATIENCE_S", 0.2)
     monkeypatch.setattr(RangedReader := ranged_reader.RangedReader, "__init__", _small_blocks(RangedReader.__init__))
-    monkeypatch.setattr(shard_stream, "_without_md5", set())
+    monkeypatch.setattr(shard_stream, "_marks", Md5Marks())
 
 
 def _small_blocks(real: Callable[..., None]) -> Callable[..., None]:
@@ -136,14 +137,11 @@ def test_bytes_that_have_the_stores_md5_are_read_once(checked: ObjectInfo) -> No
     assert Checked.reads == -(-len(TAR) // 4096)
 
 
-def test_one_damaged_byte_is_found_and_the_next_reading_is_good(
-    checked: ObjectInfo, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_damaged_byte_is_found_and_the_next_reading_is_good(checked: ObjectInfo) -> None:
     Checked.damage = staticmethod(lambda read, start: read == 2)  # type: ignore[assignment]
     with pytest.raises(ShardUnreadable, match="do not have the store's MD5"):
         read_all(checked)
     assert read_all(checked) == TAR
-    assert not shard_stream._without_md5
 
 
 def test_a_line_that_damages_now_this_now_that_is_never_believed(checked: ObjectInfo) -> None:
@@ -153,16 +151,35 @@ def test_a_line_that_damages_now_this_now_that_is_never_believed(checked: Object
             read_all(checked)
 
 
-def test_a_store_whose_marks_are_no_md5s_is_believed_after_two_readings_that_agree(
+def test_the_first_objects_of_a_bucket_whose_marks_are_no_md5s_are_read_twice_and_all_are_taken(
     checked: ObjectInfo, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Checked.md5 = bytes(16)
+    Checked.md5, num_blocks = bytes(16), -(-len(TAR) // 4096)
+    shards = [replace(checked, url=f"checked://b/{n}.tar") for n in range(ENOUGH_STRANGERS + 2)]
+    for shard in shards:
+        storage.publish(shard.url, TAR)
     with caplog.at_level(logging.WARNING):
-        assert read_all(checked) == TAR
-        assert Checked.reads == 2 * -(-len(TAR) // 4096)
-        assert read_all(checked) == TAR
-    assert Checked.reads == 3 * -(-len(TAR) // 4096)  # not checked again
-    assert caplog.text.count("checked://b marks objects with no MD5") == 1
+        assert [read_all(shard) for shard in shards] == [TAR] * len(shards)
+    assert Checked.reads == (len(shards) + ENOUGH_STRANGERS) * num_blocks
+    assert caplog.text.count("came twice the same") == ENOUGH_STRANGERS
+    assert caplog.text.count("checked://b has no MD5s for marks") == 1
+
+
+def test_one_damaged_object_does_not_stop_the_check_of_its_bucket(checked: ObjectInfo) -> None:
+    good, Checked.md5 = Checked.md5, bytes(16)
+    for _ in range(ENOUGH_STRANGERS):
+        assert read_all(checked) == TAR  # nothing to go by yet
+    Checked.md5 = good
+    Checked.damage = staticmethod(lambda read, start: read % 2 == 0 or read % 7 == 0)  # type: ignore[assignment]
+    with pytest.raises(ShardUnreadable, match="do not have the store's MD5"):
+        read_all(checked)
+
+
+def test_an_object_that_its_store_holds_damaged_is_refused_where_another_has_its_md5(checked: ObjectInfo) -> None:
+    assert read_all(checked) == TAR
+    Checked.damage = staticmethod(lambda read, start: start == 4096)  # type: ignore[assignment]
+    with pytest.raises(ShardUnreadable, match="own mark is not the MD5 of what it gives"):
+        read_all(checked)
 
 
 # Web servers
