@@ -43,8 +43,11 @@ _BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 14}
 # up what is missing (JPEG 2000).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
-# What a damaged file can make Pillow raise beside OSError: its plugins parse hostile bytes in Python.
+# What a damaged file can make Pillow raise beside OSError: its plugins parse hostile bytes in Python. MemoryError is
+# not among them: it says more of the process than of the image, and the engine tries the shard again.
 _DAMAGED = (
+    AssertionError,
+    Image.DecompressionBombError,
     OSError,
     SyntaxError,
     ValueError,
@@ -192,8 +195,6 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(_checked(data)), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise SampleError(FailureReason.NOT_AN_IMAGE, "no image format that is known") from error
-    except Image.DecompressionBombError as error:
-        raise SampleError(FailureReason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS} pixels") from error
     except _DAMAGED as error:
         raise _undecodable(error) from error
 
@@ -211,6 +212,8 @@ def _refuse_bomb(width: int, height: int) -> None:
 
 
 def _undecodable(error: Exception) -> SampleError:
+    if isinstance(error, Image.DecompressionBombError):  # by the header, or by a size that comes later
+        return SampleError(FailureReason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS} pixels")
     message = f"{type(error).__name__}: {error}"
     cut = "truncated" in message.lower() or isinstance(error, EOFError)
     return SampleError(FailureReason.TRUNCATED_IMAGE if cut else FailureReason.UNDECODABLE, message)

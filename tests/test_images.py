@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from fuzz_images import png_chunk
 from make_data import bomb_png, encoded, pixels
@@ -375,6 +376,23 @@ def test_damaged_bytes_give_pixels_or_a_sample_error_and_nothing_else(
             decode_image(bytes(damaged), ImageSpec(size=8))
         except SampleError as error:
             assert isinstance(error.reason, FailureReason)
+
+
+@pytest.mark.parametrize("step", ["open", "load"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(AssertionError(), FailureReason.UNDECODABLE), (Image.DecompressionBombError("x"), FailureReason.TOO_MANY_PIXELS)],
+)
+def test_a_failed_assertion_or_a_bomb_found_late_costs_one_image_and_not_its_shard(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: FailureReason, step: str
+) -> None:
+    data = encoded(picture(), "PNG")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PngImageFile, {"open": "_open", "load": "load"}[step], fail)
+    assert reason(data) == expected
 
 
 # The spec
