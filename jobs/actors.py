@@ -20,7 +20,7 @@ from jobs.tokenize_actor import SignOfLife
 from jobs.waiting import Waiting
 from model.config import ModelError
 from pipeline import storage
-from pipeline.errors import PipelineError, ShardError, StorageError
+from pipeline.errors import PipelineError, PublishFailed, ShardError, StorageError
 from pipeline.plan import ShardTask
 from pipeline.records import FailureReason, ShardResult
 
@@ -101,7 +101,7 @@ class ActorPool:
                 yield from self._hear(self._calls.pop(ref), self._actors.outcome(ref))
             yield from self._stop_hung()
             yield from self._leave_draining_nodes()
-            self._waiting.check(any_ready=any(slot.state is State.READY for slot in self._slots))
+            self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
 
     def _act(self) -> None:
         for slot, ref in self._slots.act():
@@ -191,6 +191,8 @@ class ActorPool:
         elif self._is_awaited(call):
             log.warning("%s failed (attempt %d): %s", _shown(call.work), call.work.charged + 1, message)
             given_up = self._dispatch.failed(call.slot.name, call.work, _reason(error), message)
+            if given_up is not None and isinstance(error, PublishFailed):
+                raise error  # it would quarantine every good shard, one after another: rather stop, and go on later
             yield from () if given_up is None else (given_up,)
 
     def _lost(

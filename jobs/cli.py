@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.urls import public_text
+
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -172,9 +174,18 @@ def _invoke(arguments: Sequence[str]) -> Any:
         return command.invoke(context)
 
 
+class _PublicFormatter(logging.Formatter):
+    """URLs without credentials and query strings, whoever logs them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return public_text(super().format(record))
+
+
 def _set_up_log(level: str) -> None:
     """Our own lines at `level`; of libraries only what is a warning, for they tell where they found credentials."""
-    logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PublicFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level="WARNING", handlers=[handler])
     for package in ("pipeline", "model", "jobs"):
         logging.getLogger(package).setLevel(level)
 
@@ -218,7 +229,8 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    """Whatever the message quotes, no secret of a URL is in it."""
+    sys.stderr.write(public_text(text) + "\n")
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
@@ -229,7 +241,9 @@ def _command() -> str:
     """The line that was typed, to be typed again. (What the shell found on PATH has a whole path here too.)"""
     program = sys.argv[0]
     typed_with_path = program.endswith("/dvae") and program != shutil.which("dvae")
-    return shlex.join([program if typed_with_path else "dvae", *sys.argv[1:]])
+    shown = [public_text(argument) for argument in sys.argv[1:]]
+    left_out = "" if shown == sys.argv[1:] else "   # and the secrets of its URLs, which are not shown"
+    return shlex.join([program if typed_with_path else "dvae", *shown]) + left_out
 
 
 if __name__ == "__main__":

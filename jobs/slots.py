@@ -53,6 +53,7 @@ class Slots:
     def __init__(self, number: int, actors: Starter, now: Callable[[], float]) -> None:
         self._slots = [Slot(f"actor-{n}") for n in range(number)]
         self._actors, self._now = actors, now
+        self.last_loss = ""  # why
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(tuple(self._slots))
@@ -95,6 +96,7 @@ class Slots:
     def lost(self, slot: Slot, message: str, *, blameless: bool) -> None:
         """Its actor is gone. Another is started: at once the first time, then later and later. Raises ClusterError
         when no slot is left that has not been given up."""
+        self.last_loss = message
         slot.failed_starts += slot.state is State.STARTING and not blameless
         slot.deaths += not blameless
         slot.actor, slot.state, slot.leaving = None, State.EMPTY, False  # None: its last words are not heard

@@ -19,8 +19,9 @@ class Waiting:
         self._settings, self._now, self._resources = settings, now, resources
         self._since = self._said = now()
 
-    def check(self, *, any_ready: bool) -> None:
-        """Raises ClusterError when no actor was ready for longer than ray.wait_s."""
+    def check(self, any_ready: bool, last_loss: str) -> None:
+        """Raises ClusterError when no actor was ready for longer than ray.wait_s, also saying what the last one was
+        lost to."""
         now, wait_s = self._now(), self._settings.wait_s
         if any_ready:
             self._since = now
@@ -28,6 +29,7 @@ class Waiting:
             raise ClusterError(
                 f"no actor could start within {wait_s:.0f} s (ray.wait_s): asked for {self._wanted()}; the cluster has "
                 f"{self._resources()}; add nodes, or lower ray.gpus_per_actor or ray.cpus_per_actor"
+                + (f" (the last actor: {last_loss})" if last_loss else "")
             )
         elif now - self._said > SAY_EVERY_S:
             self._said = now

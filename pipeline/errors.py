@@ -19,6 +19,10 @@ class Damaged(StorageError):
     """An object was read, and is not what this project wrote there."""
 
 
+class PublishFailed(StorageError):
+    """The output cannot be written: no fault of the shard whose part it was."""
+
+
 class NoShardsMatched(PipelineError):
     """A shard pattern matched no object."""
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.batches import pixel_batches
+from pipeline.errors import PublishFailed, StorageError
 from pipeline.images import ImageSpec
 from pipeline.memory_budget import keep_large_blocks_apart
 from pipeline.output import OutputPrefix
@@ -67,7 +68,8 @@ class TokenizeWorker:
         self._encoding = threading.Lock()
 
     def tokenize(self, task: ShardTask) -> ShardResult:
-        """Tokenise and publish one shard. Raises ShardError (nothing is published then) or StorageError."""
+        """Tokenise and publish one shard. Raises ShardError or StorageError (nothing is published then), or
+        PublishFailed."""
         started = time.monotonic()
         samples, tokens_BN, failures = self._encode_shard(task)
         part = part_bytes(self._job.table, task.shard, samples, tokens_BN, len(failures))
@@ -114,11 +116,14 @@ class TokenizeWorker:
     def _publish(self, task: ShardTask, part: bytes, failures: list[SampleFailure]) -> None:
         """Errors before the part, so that a part implies its errors; the part is the commit."""
         output = self._job.output
-        if failures:
-            storage.publish(output.errors(task.part), errors_bytes(task.shard, failures))
-        elif task.has_errors_file:
-            storage.remove(output.errors(task.part))
-        storage.publish(output.part(task.part), part)
+        try:
+            if failures:
+                storage.publish(output.errors(task.part), errors_bytes(task.shard, failures))
+            elif task.has_errors_file:
+                storage.remove(output.errors(task.part))
+            storage.publish(output.part(task.part), part)
+        except StorageError as error:
+            raise PublishFailed(str(error)) from error
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)

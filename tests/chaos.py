@@ -78,8 +78,10 @@ class Chaos:
         if victim == "driver":
             driver.kill()
         elif victim == "actor":
-            with suppress(ProcessLookupError):
+            try:
                 os.kill(self._random.choice(actors), signal.SIGKILL)
+            except ProcessLookupError:
+                return  # it was gone already: that is no kill
         else:
             self.server.kill()
             time.sleep(self._random.uniform(0, 2))

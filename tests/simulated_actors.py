@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from jobs.pool_settings import PoolSettings
 from jobs.ray_actors import Answer, Died, Outcome, Raised, Unreachable
 from jobs.tokenize_actor import SignOfLife
-from pipeline.errors import ShardTruncated
+from pipeline.errors import PublishFailed, ShardTruncated
 from pipeline.plan import ShardTask
 from pipeline.records import ShardResult, ShardState
 
@@ -45,7 +45,8 @@ def settings(num_actors: int, in_flight: int = 2, deadline_s: float | None = Non
 
 
 class SimulatedActors:
-    """`seconds(task, attempt)` says how long a shard takes; `nature(task)`: good, raises, poison, breaks, hangs."""
+    """`seconds(task, attempt)` says how long a shard takes; `nature(task)`: good, raises, poison, breaks, hangs,
+    cannot publish."""
 
     def __init__(
         self,
@@ -95,6 +96,8 @@ class SimulatedActors:
         match self._nature(task):
             case "raises":
                 call.outcome = Raised(ShardTruncated(task.shard.url, "cut"))
+            case "cannot publish":
+                call.outcome = Raised(PublishFailed("cannot write memory://full/tokens: no space is left"))
             case "breaks":
                 call.outcome = Raised(RuntimeError("CUDA error: an illegal memory access was encountered"))
             case "poison":

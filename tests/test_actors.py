@@ -11,6 +11,7 @@ import pytest
 from jobs.actors import ActorPool
 from jobs.cluster import ClusterError
 from jobs.dispatch import Dispatch, GivenUp
+from pipeline.errors import PublishFailed
 from pipeline.plan import ShardTask
 from pipeline.records import ObjectInfo, ShardResult
 from simulated_actors import SimulatedActors, settings
@@ -68,6 +69,22 @@ def test_a_straggler_at_the_end_is_tried_by_an_idle_actor_and_the_first_to_finis
     assert Counter(shard for _, shard, _ in actors.given) == {**dict.fromkeys("abcde", 1), "f": 2}
     assert len({actor for _, shard, actor in actors.given if shard == "f"}) == 2
     assert actors.time < 15  # 60 without
+
+
+def test_an_output_that_cannot_be_written_stops_the_run_and_no_shard_is_quarantined_for_it() -> None:
+    actors = SimulatedActors(nature=lambda task: "cannot publish" if task.shard.url == "b" else "good")
+    with pytest.raises(PublishFailed, match="no space is left"):
+        run(actors, "abc", attempts=2)
+    assert [shard for _, shard, _ in actors.given].count("b") == 2  # it may have passed
+    assert not actors.living()
+
+
+def test_who_waits_in_vain_for_an_actor_is_told_what_the_last_one_was_lost_to() -> None:
+    actors = SimulatedActors()
+    actors.accidents.append((1.0, lambda them: [them.die(actor, "no such checkpoint") for actor in them.living()]))
+    actors.load = lambda actor: actors._call(actor, 1e9, None)  # type: ignore[method-assign, assignment, arg-type]
+    with pytest.raises(ClusterError, match=r"add nodes.*the last actor: no such checkpoint"):
+        run(actors, "a", num_actors=1)
 
 
 def test_a_straggler_is_left_alone_as_long_as_there_is_other_work() -> None:

@@ -84,6 +84,7 @@ def torment(folder: Path, server: S3Server, *, num_shards: int, num_kills: int, 
         chaos.run_until_done(dvae("tokenize", str(config), f"output={output}"))
         assert files(output) == calm
         succeeds("verify", output)
+    assert chaos.killed.total() == num_kills
     return f"killed {dict(chaos.killed)}; exit codes {dict(chaos.exit_codes)}; {num_outputs} outputs byte-identical\n"
 
 
@@ -98,5 +99,6 @@ def test_sixty_kills_leave_the_bytes_of_an_undisturbed_run(
     tmp_path: Path, server: S3Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = torment(tmp_path, server, num_shards=40, num_kills=60, seed=2)
+    assert all(f"'{victim}'" in said for victim in WEIGHTS), said
     with capsys.disabled():
         sys.stdout.write(said)

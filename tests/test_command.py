@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from jobs.cli import _command
 
 
@@ -35,3 +37,35 @@ def test_the_line_to_go_on_with_names_the_program_as_it_was_typed(
     ]:
         monkeypatch.setattr(sys, "argv", [program, "train", "my train.yaml"])
         assert _command() == f"{typed} train 'my train.yaml'"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "shards=https://h.example/x.tar?X-Amz-Signature=S3CR3T",
+        "shards=https://user:S3CR3T@h.example/x.tar",
+        "shard=https://h.example/x.tar?sig=S3CR3T",
+        "checkpoint=https://user:S3CR3T@127.0.0.1:9/x?sig=S3CR3T",
+    ],
+)
+def test_no_secret_of_a_typed_url_is_said_again(argument: str, tmp_path: Path) -> None:
+    config = tmp_path / "t.yaml"
+    config.write_text("checkpoint: /nowhere\nshards: /nowhere/*.tar\noutput: /nowhere/out\n")
+    command = [sys.executable, "-m", "jobs.cli", "tokenize", str(config), argument]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stderr
+    assert "S3CR3T" not in done.stdout + done.stderr
+
+
+def test_the_line_to_go_on_leaves_secrets_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dvae", "tokenize", "t.yaml", "shards=https://h.example/x.tar?sig=S3CR3T"])
+    line = cli._command()
+    assert line.startswith("dvae tokenize t.yaml shards=https://h.example/x.tar ") and "S3CR3T" not in line
+    assert "secrets of its URLs, which are not shown" in line
+
+
+def test_what_any_library_logs_has_no_secret() -> None:
+    record = logging.LogRecord(
+        "s3fs", logging.WARNING, "", 0, "GET %s failed", ("https://k:S3CR3T@h.example/x?sig=S3CR3T",), None
+    )
+    assert cli._PublicFormatter("%(message)s").format(record) == "GET https://h.example/x failed"
