@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import Enum
 
 ENOUGH_STRANGERS = 3
@@ -36,3 +37,30 @@ class Md5Marks:
             return Verdict.DAMAGED
         self._strangers.setdefault(bucket, set()).add(url)
         return Verdict.UNKNOWN if self.may_be_md5s(bucket) else Verdict.NO_MD5S
+
+
+class PartedMd5:
+    """The MD5 of the MD5s of the parts, all of `part_bytes` but the last: S3's mark of an object that came in parts."""
+
+    def __init__(self, part_bytes: int) -> None:
+        self._part_bytes, self._filled = part_bytes, 0
+        self._part, self._all = (hashlib.md5(usedforsecurity=False) for _ in range(2))
+
+    def update(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            piece = rest[: self._part_bytes - self._filled]
+            self._part.update(piece)
+            self._filled, rest = self._filled + len(piece), rest[len(piece) :]
+            if self._filled == self._part_bytes:
+                self._end_part()
+
+    def digest(self) -> bytes:
+        """Only at the end."""
+        if self._filled:
+            self._end_part()
+        return self._all.digest()
+
+    def _end_part(self) -> None:
+        self._all.update(self._part.digest())
+        self._part, self._filled = hashlib.md5(usedforsecurity=False), 0

@@ -9,11 +9,11 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 from pipeline import storage
 from pipeline.errors import ShardChanged, ShardUnreadable
-from pipeline.md5_marks import Md5Marks, Verdict
+from pipeline.md5_marks import Md5Marks, PartedMd5, Verdict
 from pipeline.ranged_reader import Fetch, RangedReader
 from pipeline.records import ObjectInfo
 from pipeline.store_requests import is_changed, is_passing
@@ -22,6 +22,12 @@ from pipeline.urls import is_local, public_url
 
 log = logging.getLogger(__name__)
 _marks = Md5Marks()  # what this process has seen
+
+
+class _Md5(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+    def digest(self) -> bytes: ...
 
 
 def open_shard(shard: ObjectInfo) -> BinaryIO:
@@ -33,12 +39,18 @@ def open_shard(shard: ObjectInfo) -> BinaryIO:
         raise ShardUnreadable(shard.url, "its server does not say how long it is, so a cut one could not be told")
     _require_same(shard, found)
     raw = _ranges(shard, found) if found.fetch else storage.open_stream(shard.url)
-    hashes = found.md5 is not None and _marks.may_be_md5s(_bucket(shard))
-    return cast(BinaryIO, _Checked(raw, hashes, lambda md5: _check_end(shard, found, md5)))
+    hashes = found.md5 is not None and _marks.may_be_md5s(_kin(shard, found))
+    return cast(BinaryIO, _Checked(raw, _new_md5(found) if hashes else None, lambda md5: _check_end(shard, found, md5)))
 
 
-def _bucket(shard: ObjectInfo) -> str:
-    return "/".join(shard.url.split("/", 3)[:3])
+def _kin(shard: ObjectInfo, found: StoredObject) -> str:
+    """Its bucket; those that came in parts apart, for some stores mark only these in a way of their own."""
+    bucket = "/".join(shard.url.split("/", 3)[:3])
+    return bucket if found.part_bytes is None else f"{bucket} (in parts)"
+
+
+def _new_md5(found: StoredObject) -> _Md5:
+    return hashlib.md5(usedforsecurity=False) if found.part_bytes is None else PartedMd5(found.part_bytes)
 
 
 def _ranges(shard: ObjectInfo, found: StoredObject) -> BinaryIO:
@@ -82,27 +94,27 @@ def _check_end(shard: ObjectInfo, found: StoredObject, md5: bytes | None) -> Non
     if md5 is None:
         return
     if md5 == found.md5:
-        _marks.matched(_bucket(shard))
+        _marks.matched(_kin(shard, found))
         return
     if _md5_again(shard, found) != md5:
         raise ShardUnreadable(shard.url, "came damaged: the bytes do not have the store's MD5")
-    _judge(shard)
+    _judge(shard, found)
 
 
-def _judge(shard: ObjectInfo) -> None:
+def _judge(shard: ObjectInfo, found: StoredObject) -> None:
     """Twice the same bytes: the line is sound, so it is the mark that is something else, or the object itself."""
-    verdict = _marks.differed(_bucket(shard), shard.url)
+    verdict = _marks.differed(_kin(shard, found), shard.url)
     if verdict is Verdict.DAMAGED:
         detail = "the store's own mark is not the MD5 of what it gives, as it is of other objects of this bucket"
         raise ShardUnreadable(shard.url, f"is damaged in its store, or encrypted: {detail}; put it there again")
     said = "%s came twice the same, and its store's mark is not its MD5 (so it is in encrypted buckets): taken as it is"
     log.warning(said, public_url(shard.url))
     if verdict is Verdict.NO_MD5S:
-        log.warning("%s has no MD5s for marks: size and tar must do from here on", public_url(_bucket(shard)))
+        log.warning("%s has no MD5s for marks: size and tar must do from here on", public_url(_kin(shard, found)))
 
 
 def _md5_again(shard: ObjectInfo, found: StoredObject) -> bytes:
-    md5 = hashlib.md5(usedforsecurity=False)
+    md5 = _new_md5(found)
     raw = _ranges(shard, found) if found.fetch else storage.open_stream(shard.url)
     for chunk in iter(lambda: raw.read(1 << 20), b""):
         md5.update(chunk)
@@ -110,11 +122,10 @@ def _md5_again(shard: ObjectInfo, found: StoredObject) -> bytes:
 
 
 class _Checked(io.RawIOBase):
-    """Calls `at_end` before it says that there is no more, with the MD5 of what passed if it `hashes`."""
+    """Calls `at_end` before it says that there is no more, with the digest of what passed if there is an `md5`."""
 
-    def __init__(self, raw: BinaryIO, hashes: bool, at_end: Callable[[bytes | None], None]) -> None:
-        self._raw, self._at_end, self._ended = raw, at_end, False
-        self._md5 = hashlib.md5(usedforsecurity=False) if hashes else None
+    def __init__(self, raw: BinaryIO, md5: _Md5 | None, at_end: Callable[[bytes | None], None]) -> None:
+        self._raw, self._md5, self._at_end, self._ended = raw, md5, at_end, False
 
     def readable(self) -> bool:
         return True

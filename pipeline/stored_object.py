@@ -10,21 +10,25 @@ from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
+from pipeline.store_requests import is_passing
 from pipeline.urls import is_s3, is_web
 
 _CONTENT_MARKS = ("ETag", "etag", "md5Hash", "mtime", "created", "Last-Modified")
+_PARTED = re.compile("([0-9a-f]{32})-([1-9][0-9]*)")  # the MD5 of the MD5s of so many parts
 AS_IT_IS = {"Accept-Encoding": "identity"}  # bytes that a server packs for the way have another length
 
 
 @dataclass(frozen=True)
 class StoredObject:
     """One object as it is now. `size_bytes` is None where the store does not say, `md5` where it has none, and `fetch`
-    (start, end -> those bytes, by one request) where a web server knows no ranges."""
+    (start, end -> those bytes, by one request) where a web server knows no ranges. With `part_bytes`, `md5` is that of
+    the MD5s of its parts, all of that size but the last."""
 
     etag: str
     size_bytes: int | None
     md5: bytes | None
     fetch: Callable[[int, int], bytes] | None
+    part_bytes: int | None = None
 
 
 def look_at(url: str, fs: Any, path: str) -> StoredObject:
@@ -35,7 +39,30 @@ def look_at(url: str, fs: Any, path: str) -> StoredObject:
     else:
         entry = entry_of(url, fs, path)
         fetch = _web_ranges(fs, path, entry) if is_web(url) else partial(fs.cat_file, path)
-    return StoredObject(mark_of(entry), entry.get("size"), _md5(url, entry), fetch)
+    mark, size = mark_of(entry), entry.get("size")
+    if (
+        is_s3(url)
+        and (parted := _PARTED.fullmatch(mark))
+        and (part_bytes := _part_bytes(fs, path, size, int(parted[2])))
+    ):
+        return StoredObject(mark, size, bytes.fromhex(parted[1]), fetch, part_bytes)
+    return StoredObject(mark, size, _md5(url, entry), fetch)
+
+
+def _part_bytes(fs: Any, path: str, size: int, num_parts: int) -> int | None:
+    """None where the parts are not all of one size but the last, or the store does not say."""
+    bucket, key, _ = fs.split_path(path)
+
+    def length(part: int) -> int:
+        return int(fs.call_s3("head_object", fs.kwargs, Bucket=bucket, Key=key, PartNumber=part)["ContentLength"])
+
+    try:
+        first, last = length(1), length(num_parts)
+    except OSError as error:  # s3fs's, of every refusal
+        if is_passing(error):
+            raise
+        return None
+    return first if 0 < last <= first and first * (num_parts - 1) + last == size else None
 
 
 def _web_ranges(fs: Any, path: str, entry: dict[str, Any]) -> Callable[[int, int], bytes] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+
 import pytest
 
-from pipeline.md5_marks import ENOUGH_STRANGERS, Md5Marks, Verdict
+from pipeline.md5_marks import ENOUGH_STRANGERS, Md5Marks, PartedMd5, Verdict
 
 
 @pytest.fixture
@@ -45,3 +48,13 @@ def test_a_bucket_says_nothing_of_another(marks: Md5Marks) -> None:
         marks.differed("s3://b", f"s3://b/{n}")
     assert not marks.may_be_md5s("s3://b") and marks.may_be_md5s("s3://c")
     assert marks.differed("s3://c", "s3://c/0") is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize("num_bytes", [1, 99, 100, 101, 200, 250])
+@pytest.mark.parametrize("step", [1, 33, 100, 1000])
+def test_the_md5_of_parts_does_not_depend_on_how_the_bytes_come(num_bytes: int, step: int) -> None:
+    data, found = random.Random(0).randbytes(num_bytes), PartedMd5(100)
+    for start in range(0, num_bytes, step):
+        found.update(data[start : start + step])
+    parts = [hashlib.md5(data[start : start + 100]).digest() for start in range(0, num_bytes, 100)]
+    assert found.digest() == hashlib.md5(b"".join(parts)).digest()

@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import pytest
 
 from jobs.local_servers import S3Server
 from make_data import write_checkpoint, write_shards
-from pipeline import storage
-from pipeline.errors import NoShardsMatched, ShardChanged, StorageError
+from pipeline import shard_stream, storage
+from pipeline.errors import NoShardsMatched, ShardChanged, ShardUnreadable, StorageError
+from pipeline.md5_marks import Md5Marks
 from pipeline.ranged_reader import BLOCK_BYTES
+from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
 from pipeline.shard_stream import open_shard
 
@@ -97,6 +101,76 @@ def test_a_large_object_goes_in_parts_and_comes_back_as_it_was(s3: str) -> None:
     with open_shard(info) as stream:
         assert b"".join(iter(lambda: stream.read(1 << 20), b"")) == data
     storage.remove(info.url)
+
+
+def upload_parts(url: str, data: bytes, ends: list[int]) -> ObjectInfo:
+    """By hand: s3fs's own parts may have any size too, where it writes a file piece by piece."""
+    fs, path = storage.filesystem(url)
+    where = dict(zip(("Bucket", "Key"), fs.split_path(path), strict=False))
+    where["UploadId"] = fs.call_s3("create_multipart_upload", **where)["UploadId"]
+    parts = []
+    for number, (start, end) in enumerate(pairwise([0, *ends]), 1):
+        sent = fs.call_s3("upload_part", **where, PartNumber=number, Body=data[start:end])
+        parts.append({"PartNumber": number, "ETag": sent["ETag"]})
+    fs.call_s3("complete_multipart_upload", **where, MultipartUpload={"Parts": parts})
+    (info,) = storage.list_files(url)
+    return info
+
+
+@pytest.fixture(scope="module")
+def parted(s3: str) -> ObjectInfo:
+    data = random.Random(0).randbytes(12 << 20)
+    return upload_parts(f"{s3}/parted/even.tar", data, [5 << 20, 10 << 20, 12 << 20])
+
+
+def read_with(monkeypatch: pytest.MonkeyPatch, info: ObjectInfo, damaged: list[bool]) -> bytes:
+    """Reads it by a line that damages a byte of the n-th request where `damaged[n]`."""
+    found = storage.look_at(info.url)
+
+    def fetch(start: int, end: int) -> bytes:
+        assert found.fetch is not None
+        data = bytearray(found.fetch(start, end))
+        data[100] ^= damaged.pop(0) if damaged else False
+        return bytes(data)
+
+    monkeypatch.setattr(storage, "look_at", lambda url: replace(found, fetch=fetch))
+    with open_shard(info) as stream:
+        return b"".join(iter(lambda: stream.read(1 << 20), b""))
+
+
+def test_the_bytes_of_an_object_that_came_in_parts_are_checked(
+    parted: ObjectInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_stream, "_marks", Md5Marks())
+    assert storage.look_at(parted.url).part_bytes == 5 << 20
+    with pytest.raises(ShardUnreadable, match="do not have the store's MD5"):
+        read_with(monkeypatch, parted, [False, True])
+    monkeypatch.setattr(storage, "open_stream", lambda url: pytest.fail("read twice"))
+    data = read_with(monkeypatch, parted, [])
+    assert data == random.Random(0).randbytes(12 << 20)
+    kin = shard_stream._kin(parted, storage.look_at(parted.url))
+    assert shard_stream._marks._proven == {kin}  # so it did match
+
+
+@pytest.mark.parametrize("ends", [[5, 11, 12], [6, 11, 12], [5, 12]])
+def test_an_object_whose_parts_are_not_of_one_size_has_no_md5(s3: str, ends: list[int]) -> None:
+    data = random.Random(0).randbytes(12 << 20)
+    info = upload_parts(f"{s3}/parted/uneven.tar", data, [end << 20 for end in ends])
+    found = storage.look_at(info.url)
+    assert (found.etag, found.md5, found.part_bytes) == (info.etag, None, None)
+    with open_shard(info) as stream:
+        assert b"".join(iter(lambda: stream.read(1 << 20), b"")) == data
+
+
+def test_a_store_that_does_not_say_how_large_a_part_is_is_read_unchecked(
+    parted: ObjectInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OSError(22, "not implemented")
+
+    monkeypatch.setattr(storage.filesystem(parted.url)[0], "call_s3", refuse)
+    found = storage.look_at(parted.url)
+    assert (found.md5, found.part_bytes) == (None, None)
 
 
 def test_a_large_object_whose_last_part_fails_is_not_there(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
