@@ -5,9 +5,13 @@ the formats are those of FORMATS, told by content and not by name · EXIF orient
 give their first frame · alpha (also palettes with a transparent colour) is laid over white · CMYK, YCbCr, LAB,
 palette, grey and 1-bit are converted by Pillow without colour profiles · 16-bit grey is scaled to 8 bits with
 rounding, 16-bit colour keeps its upper 8 bits · 32-bit integer and float images are refused · an image of more than
-MAX_PIXELS is refused before it is decoded, or enlarged · a truncated image is refused, never filled up, even where its
-end marker was put back (jpeg.py) · a PNG whose pixels don't match their checksum is refused (png.py) · a shorter side
-under the target is refused or enlarged, as the spec says.
+MAX_PIXELS is refused before it is decoded, or enlarged · a truncated image is refused, never filled up, where that can
+be told: even a JPEG whose end marker was put back (jpeg.py) and a PNG whose packed rows end too early (png.py) · a PNG
+whose pixels don't match their checksum is refused · a shorter side under the target is refused or enlarged, as the
+spec says.
+
+What cannot be told: compressed bytes that were damaged and still decode (a flipped bit in a JPEG; a tail of zeros in
+AVIF, WebP or deflated TIFF), a part missing within a scan of a progressive JPEG, restart intervals taken out of one.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ _BYTES_PER_PIXEL = {"WEBP": 17, "AVIF": 14}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 
 # What a damaged file can make Pillow raise beside OSError: its plugins parse hostile bytes in Python. MemoryError is
-# not among them: it says more of the process than of the image, and the engine tries the shard again.
+# not among them: it says more of the process than of the image, and the engine tries the shard again elsewhere.
 _DAMAGED = (
     AssertionError,
     Image.DecompressionBombError,
@@ -172,7 +176,7 @@ def open_rgb(data: bytes, spec: ImageSpec) -> Iterator[Image.Image]:
     image = _opened(data)
     _refuse_bomb(image.width, image.height)
     with DECODING.hold(_bytes_to_decode(image, spec) + 2 * len(data)):
-        yield _decoded(image)
+        yield _decoded(image, data)
 
 
 def _bytes_to_decode(image: Image.Image, spec: ImageSpec) -> int:
@@ -182,11 +186,20 @@ def _bytes_to_decode(image: Image.Image, spec: ImageSpec) -> int:
     return round(image.width * image.height * (each + (4 * enlarged if enlarged > 1 else 0)))
 
 
-def _decoded(image: Image.Image) -> Image.Image:
+def _decoded(image: Image.Image, data: bytes) -> Image.Image:
     try:
+        image.load()
+        if data.startswith(png.START) and _may_lack_rows(image):
+            png.check_rows(data)
         return _to_rgb(_upright(image))
     except _DAMAGED as error:
         raise _undecodable(error) from error
+
+
+def _may_lack_rows(image: Image.Image) -> bool:
+    """Pillow leaves at 0 what a PNG does not bring: where the last row is anything else, all are there."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or not np.asarray(last).any()
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -220,7 +233,6 @@ def _undecodable(error: Exception) -> SampleError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DAMAGED:  # damaged EXIF beside good pixels: as if there were none

@@ -104,7 +104,7 @@ def test_huge_images_are_decoded_one_at_a_time_and_small_ones_beside_each_other(
     monkeypatch.setattr(images, "DECODING", MemoryBudget(60 * 60 * 8 * 3))
     decoded, lock, inside, most = images._decoded, threading.Lock(), list[int](), dict[int, int]()
 
-    def watched(image: Image.Image) -> Image.Image:
+    def watched(image: Image.Image, data: bytes) -> Image.Image:
         with lock:
             inside.append(image.width)
             for width in {60, 100}:
@@ -113,7 +113,7 @@ def test_huge_images_are_decoded_one_at_a_time_and_small_ones_beside_each_other(
         time.sleep(0.01)
         with lock:
             inside.remove(image.width)
-        return decoded(image)
+        return decoded(image, data)
 
     monkeypatch.setattr(images, "_decoded", watched)
     small, large = (encoded(Image.new("RGB", (side, side)), "PNG") for side in (60, 100))

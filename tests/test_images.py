@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from fuzz_images import png_chunk
 from make_data import bomb_png, encoded, pixels
+from pipeline import png
 from pipeline.images import (
     MAX_PIXELS,
     ImageSpec,
@@ -337,6 +338,55 @@ def test_a_png_whose_pixels_were_changed_is_refused_by_its_checksum() -> None:
         assert reason(zeros) in (FailureReason.TRUNCATED_IMAGE, FailureReason.UNDECODABLE)
         assert reason(flipped) == FailureReason.UNDECODABLE
     Image.open(io.BytesIO(whole[:-16] + b"\0\0\0\0" + whole[-12:])).load()
+
+
+def png_of(rows: bytes, width: int, height: int, bits: int = 8, colours: int = 2, interlaced: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), *([(b"PLTE", bytes(range(6)))] if colours == 3 else [])]
+    packed = zlib.compress(rows)
+    chunks += [(b"IDAT", packed[:5]), (b"IDAT", packed[5:]), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+
+
+@pytest.mark.parametrize("value", [0, 255])  # black rows are no missing ones
+@pytest.mark.parametrize(
+    ("colours", "bits"),
+    [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (3, 1), (3, 2), (4, 8), (4, 16), (6, 8), (6, 16)],
+)
+def test_a_png_whose_stream_ends_too_early_is_truncated_and_never_black(colours: int, bits: int, value: int) -> None:
+    """With right checksums, and an end of its own."""
+    width, height = 37, 21
+    row = b"\0" + bytes([value & (0b01010101 if colours == 3 else 255)]) * -(-width * bits * CHANNELS[colours] // 8)
+    assert rgb(png_of(row * height, width, height, bits, colours)).shape == (height, width, 3)
+    for missing in (1, len(row), len(row) * 10 + 3, len(row) * (height - 1)):
+        data = png_of((row * height)[:-missing], width, height, bits, colours)
+        if missing % len(row) == 0:
+            Image.open(io.BytesIO(data)).load()  # Pillow by itself fills up
+        assert reason(data) == FailureReason.TRUNCATED_IMAGE, missing
+
+
+@pytest.mark.parametrize(("width", "height"), [(37, 21), (8, 8), (5, 5), (1, 1), (1, 9), (4, 1), (2, 3)])
+def test_an_interlaced_png_whose_stream_ends_too_early_is_truncated(width: int, height: int) -> None:
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    values = pixels(5, width, height)
+    parts = [values[top::down, left::across] for left, top, across, down in passes]
+    rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
+    assert np.array_equal(rgb(png_of(rows, width, height, interlaced=1)), values)
+    for missing in {1, len(rows) // 10 + 1, len(rows) // 2 + 1, len(rows) - 1}:
+        data = png_of(rows[:-missing], width, height, interlaced=1)
+        assert reason(data) == FailureReason.TRUNCATED_IMAGE, missing
+
+
+def test_the_rows_of_a_black_png_are_counted_in_little_memory() -> None:
+    data = encoded(Image.new("RGB", (4000, 3000)), "PNG")  # 36 MB, unpacked
+    tracemalloc.start()
+    png.check_rows(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 @pytest.mark.parametrize(
