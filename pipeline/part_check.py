@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.parquet_access import file_end
 from pipeline.records import FailureReason, ObjectInfo, Stage
 from pipeline.token_table import ERRORS_SCHEMA, TableSpec, token_schema
 
 # N rows of a file
 
-END_BYTES = 64 << 10
 FOOTER_FIELDS = {"shard": str, "shard_size": int, "shard_etag": str, "num_rows": int, "num_failed": int}
 
 
@@ -60,7 +60,7 @@ class ErrorsContent:
 
 def read_part_footer(part: ObjectInfo, table: TableSpec) -> PartContent:
     """Raises NotWhole, NotOurs, FileNotFoundError, StorageError."""
-    return _part_head(_file_end(part), table)
+    return _part_head(file_end(part), table)
 
 
 def read_part(part: ObjectInfo, table: TableSpec) -> PartContent:
@@ -77,7 +77,7 @@ def read_part(part: ObjectInfo, table: TableSpec) -> PartContent:
 
 def read_errors_footer(errors: ObjectInfo) -> ErrorsContent:
     """Raises NotWhole, NotOurs, FileNotFoundError, StorageError."""
-    return ErrorsContent(_errors_head(_file_end(errors)))
+    return ErrorsContent(_errors_head(file_end(errors)))
 
 
 def read_errors(errors: ObjectInfo) -> ErrorsContent:
@@ -93,15 +93,6 @@ def read_errors(errors: ObjectInfo) -> ErrorsContent:
         (whole[0]["reason"], whole[0]["message"]) if whole else None,
         _index(rows.filter(pc.is_valid(rows["index"]))),
     )
-
-
-def _file_end(info: ObjectInfo) -> bytes:
-    """The footer of a Parquet file, whole, behind what else fits into one request; a second one where it is longer."""
-    end = storage.read_range(info.url, max(0, info.size_bytes - END_BYTES), min(info.size_bytes, END_BYTES))
-    footer_bytes = int.from_bytes(end[-8:-4], "little") + 8
-    if len(end) < footer_bytes <= info.size_bytes:
-        end = storage.read_range(info.url, info.size_bytes - footer_bytes, footer_bytes)
-    return b"PAR1" + end
 
 
 def _part_head(data: bytes, table: TableSpec) -> PartContent:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import Damaged, StorageError
 from pipeline.metadata import MetadataColumn
+from pipeline.parquet_access import asked_again, file_end
 from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFailure, Stage
 
 # B images, H W token rows and columns, N = H * W
@@ -191,10 +192,14 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def read_footer(url: str) -> dict[str, Any]:
-    """What `part_bytes` wrote beside the rows. Raises ValueError when the file is no whole part of ours."""
+    """What `part_bytes` wrote beside the rows. Raises ValueError when there is no whole part of ours, and StorageError
+    when that cannot be told."""
+    info = storage.stat(url)
+    if info is None:
+        raise ValueError(f"{storage.public_url(url)} is not a whole part of a run: there is no such file")
+    end = file_end(info)
     try:
-        with storage.open_read(url) as file:
-            metadata = pq.read_metadata(file).metadata or {}
+        metadata = pq.read_metadata(pa.BufferReader(end)).metadata or {}
         footer = json.loads(metadata[b"dvae"])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # a bad thrift header is an OSError
         raise ValueError(f"{storage.public_url(url)} is not a whole part of a run: {error}") from error
@@ -204,10 +209,14 @@ def read_footer(url: str) -> dict[str, Any]:
 def read_table(
     urls: Sequence[str], columns: Sequence[str] | None = None, where: ds.Expression | None = None
 ) -> pa.Table:
-    """Rows of the Parquet files at `urls` (all on one store), in the order of the list. Raises OSError where the
-    bytes of a page are not those that were written."""
+    """Rows of the Parquet files at `urls` (all on one store), in the order of the list. Raises OSError or
+    ArrowException where the bytes are not those that were written, FileNotFoundError, and StorageError of the store."""
     if not urls:
         return pa.table({})
+    return asked_again(urls[0], lambda: _read_table(urls, columns, where))
+
+
+def _read_table(urls: Sequence[str], columns: Sequence[str] | None, where: ds.Expression | None) -> pa.Table:
     fs = storage.filesystem(urls[0])[0]
     paths = [storage.filesystem(url)[1] for url in urls]
     dataset = ds.dataset(paths, format=CHECKED_PARQUET, filesystem=fs)
@@ -246,12 +255,14 @@ def _token_rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def read_errors(url: str) -> list[SampleFailure]:
-    """What `errors_bytes` wrote. Raises StorageError when the file is damaged."""
+    """What `errors_bytes` wrote. Raises FileNotFoundError, StorageError and, when the file is damaged, Damaged."""
+    data = storage.read_bytes(url)
     try:
-        rows = read_table([url]).select(ERRORS_SCHEMA.names).to_pylist()
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        rows = file.read(ERRORS_SCHEMA.names, use_threads=False).to_pylist()
         return [_failure(row) for row in rows]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise StorageError(f"{storage.public_url(url)} is no whole errors file: {error}") from error
+        raise Damaged(f"{storage.public_url(url)} is no whole errors file: {error}") from error
 
 
 def _failure(row: dict[str, Any]) -> SampleFailure:

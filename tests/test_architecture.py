@@ -19,7 +19,9 @@ DOORS = {
     "braceexpand": {"pipeline/shard_patterns.py"},
     "tenacity": {"pipeline/store_requests.py"},
     "PIL": {"pipeline/images.py", "pipeline/pictures.py"},
-    "pyarrow": {"pipeline/token_table.py", "pipeline/part_check.py", "pipeline/ledger.py"},
+    "pyarrow": {
+        "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
+    },
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py"},
     "safetensors": {"model"},

@@ -6,17 +6,22 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import duckdb
+import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from make_data import fake_table
+from pipeline import storage, store_requests
+from pipeline.errors import Damaged, StorageError
 from pipeline.metadata import MetadataColumn
 from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFailure, Stage
 from pipeline.token_table import (
@@ -26,6 +31,7 @@ from pipeline.token_table import (
     errors_bytes,
     narrow_tokens,
     part_bytes,
+    read_errors,
     read_footer,
     read_table,
     read_tokens,
@@ -262,3 +268,86 @@ def test_each_reason_and_stage_can_be_stored_and_is_a_plain_word() -> None:
     assert all(
         json.loads(json.dumps(reason.value)) == reason and str(reason).isidentifier() for reason in FailureReason
     )
+
+
+# A store that fails
+
+
+class Shaky(MemoryFileSystem):
+    """Raises the first of `errors` at each read, by its own request or through an open file."""
+
+    protocol = "shaky"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    errors: ClassVar[list[Exception]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("shaky://", "memory://"))
+
+    def cat_file(self, path: str, *arguments: Any, **options: Any) -> bytes:
+        Shaky.fail()
+        return bytes(super().cat_file(path, *arguments, **options))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        return super()._open(path, mode, **options) if mode != "rb" else ShakyFile(self, path, self.cat_whole(path))
+
+    def cat_whole(self, path: str) -> bytes:
+        return bytes(self.store[path].getvalue())
+
+    @staticmethod
+    def fail() -> None:
+        if Shaky.errors:
+            raise Shaky.errors.pop(0)
+
+
+class ShakyFile(MemoryFile):
+    def read(self, *arguments: Any) -> bytes:
+        Shaky.fail()
+        return bytes(super().read(*arguments))
+
+
+READERS = {
+    "footer": lambda: read_footer("shaky://b/part.parquet"),
+    "rows": lambda: read_table(["shaky://b/part.parquet"], ["key"]).to_pylist(),
+    "errors": lambda: read_errors("shaky://b/errors.parquet"),
+    "counts": lambda: count_errors(["shaky://b/errors.parquet"]),
+}
+
+
+@pytest.fixture
+def shaky(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_requests, "MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(Shaky, "errors", [])
+    fsspec.register_implementation("shaky", Shaky, clobber=True)
+    failure = SampleFailure("k", 0, 0, 0, Stage.DECODE, FailureReason.NOT_AN_IMAGE, "m")
+    storage.publish("shaky://b/part.parquet", part(fake_table(), [row(0)]))
+    storage.publish("shaky://b/errors.parquet", errors_bytes(SHARD, [failure]))
+
+
+PASSING = [ConnectionResetError("reset"), EndpointConnectionError(endpoint_url="http://h"), TimeoutError()]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_a_failure_that_passes_changes_nothing(shaky: None, read: str, error: Exception) -> None:
+    wanted = READERS[read]()  # type: ignore[no-untyped-call]
+    Shaky.errors = [error, error]
+    assert READERS[read]() == wanted and not Shaky.errors  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("error", [*PASSING, PermissionError(13, "denied")], ids=repr)
+def test_a_failure_that_stays_is_the_stores_and_not_a_torn_file(shaky: None, read: str, error: Exception) -> None:
+    Shaky.errors = [error] * 10**6
+    with pytest.raises(StorageError, match=f"cannot read shaky://b/.*{type(error).__name__}") as raised:
+        READERS[read]()  # type: ignore[no-untyped-call]
+    assert not isinstance(raised.value, Damaged)
+
+
+def test_a_damaged_errors_file_is_known_as_one(shaky: None) -> None:
+    for data in (b"", b"PAR1", storage.read_bytes("shaky://b/errors.parquet")[:-9], part(fake_table(), [row(0)])):
+        storage.publish("shaky://b/errors.parquet", data)
+        with pytest.raises(Damaged, match="no whole errors file"):
+            READERS["errors"]()  # type: ignore[no-untyped-call]

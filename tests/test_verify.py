@@ -19,7 +19,7 @@ from jobs.tokenize_dataset import run_tokenize
 from jobs.verify import Report, verify
 from make_data import folder_bytes, write_checkpoint
 from make_run import part_of, record_part, rewrite_part, run_config, tokenize_here, write_shard
-from pipeline import part_check, storage
+from pipeline import parquet_access, storage
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix
@@ -294,7 +294,7 @@ def test_a_part_of_other_bytes_is_torn_though_it_is_right_in_itself(output: Path
 
 
 def test_a_footer_longer_than_one_request_is_read_in_two(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_check, "END_BYTES", 50)
+    monkeypatch.setattr(parquet_access, "END_BYTES", 50)
     assert report(output, quick=True).complete
 
 
