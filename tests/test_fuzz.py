@@ -21,6 +21,8 @@ from pipeline import shards
 from pipeline.records import ObjectInfo
 from pipeline.tar_members import Member
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as images.py does; pytest sets its own filters
+
 
 def fuzzed(cases: int, seed: int, timeout_s: float) -> dict[str, Any]:
     """The figures of a run in a process of its own, for it may die, and its peak of memory is its own."""

@@ -135,6 +135,15 @@ def test_interleaved_members_fall_apart_as_in_webdataset_and_are_reported(tmp_pa
     assert [s["__key__"] for s in webdataset_samples(tmp_path / "x.tar")] == [s.key for s in found]
 
 
+def test_what_webdataset_gives_to_no_sample_is_passed_over_and_nothing_else(tmp_path: Path) -> None:
+    """README's table of outcomes says these very names."""
+    passed = ["dog", ".hid.jpg", "__meta__", "__x__/b.jpg", "a.b/.hid.jpg"]
+    taken = {"cat.jpg": "cat", "x/.hid.jpg": "x/", "__meta__.jpg": "__meta__"}
+    found = samples(tmp_path, [(name, b"1") for name in [*passed, *taken]])
+    assert reasons(found) == [(key, None) for key in taken.values()]
+    assert [s["__key__"] for s in webdataset_samples(tmp_path / "x.tar")] == [*taken.values()]
+
+
 def test_the_same_key_in_two_shards_is_no_failure(tmp_path: Path) -> None:
     for name in ("one.tar", "two.tar"):
         (sample,) = read_samples(listed(write(tmp_path, [("a.jpg", b"1")], name)))
