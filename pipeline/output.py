@@ -49,7 +49,7 @@ def part_name(shard_url: str) -> str:
     url = storage.public_url(shard_url)
     stem = storage.base_name(url)
     for suffix in SHARD_SUFFIXES:
-        stem = stem.removesuffix(suffix)
+        stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
     # Readers of a folder of Parquet files pass over names that begin with a dot or an underscore.
     stem = _UNSAFE.sub("_", stem).lstrip("._")[:100] or "shard"
     return f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"

@@ -10,7 +10,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 from pipeline import storage
 from pipeline.errors import NoShardsMatched
 from pipeline.records import ObjectInfo
-from pipeline.urls import glob_folder, is_glob, is_local, is_web, normalize, public_url
+from pipeline.urls import glob_folder, is_glob, is_local, is_web, normalize, public_text, public_url
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -29,7 +29,7 @@ def _expand_one(pattern: str) -> list[ObjectInfo]:
     try:
         urls = [normalize(url) for url in braceexpand(pattern)]
     except UnbalancedBracesError as error:
-        raise NoShardsMatched(f"shard pattern {pattern!r} has unbalanced braces") from error
+        raise NoShardsMatched(f"shard pattern {public_text(pattern)!r} has unbalanced braces") from error
     globs = [info for url in urls if is_glob(url) for info in _glob(url)]
     return globs + _look_up([url for url in urls if not is_glob(url)])
 
@@ -44,8 +44,7 @@ def _hint(url: str) -> str:
 def _glob(url: str) -> list[ObjectInfo]:
     infos = storage.list_matches(url)
     if not infos:
-        shown = public_url(url) if is_web(url) else url
-        raise NoShardsMatched(f"shard pattern {shown!r} matches nothing; {_hint(url)}")
+        raise NoShardsMatched(f"shard pattern {public_url(url)!r} matches nothing; {_hint(url)}")
     return infos
 
 
@@ -67,7 +66,7 @@ def _look_up(urls: list[str]) -> list[ObjectInfo]:
 def _shards_of(url: str, below: list[ObjectInfo]) -> list[ObjectInfo]:
     if not below:
         raise NoShardsMatched(f"shard {public_url(url)} does not exist; {_hint(url)}")
-    shards = [info for info in below if info.url == url or info.url.endswith(SHARD_SUFFIXES)]
+    shards = [info for info in below if info.url == url or info.url.lower().endswith(SHARD_SUFFIXES)]
     if not shards:
         suffixes = ", ".join(SHARD_SUFFIXES)
         raise NoShardsMatched(f"{public_url(url)} holds no shard: none of its files ends with {suffixes}")

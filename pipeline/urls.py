@@ -13,15 +13,26 @@ _SIGNED_QUERY = re.compile(
     re.IGNORECASE,
 )
 _URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
+_QUERY = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")  # of a path whose host a client leaves out: GET /b/x.tar?sig=...
+_SIGNATURE = re.compile(
+    r"(?<![\w-])(sig|sas|token|x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid"
+    r"|[a-z_-]*(?:signature|credential|secret|password|_token|access_?key))=[^\s'\"<>&,;]+",
+    re.IGNORECASE,
+)
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
 
 
 def normalize(url: str) -> str:
-    """The one spelling of a URL: local paths absolute and without `file://`, no trailing slash."""
+    """The one spelling of a URL: local paths absolute and without `file://`, one name for a scheme, no trailing
+    slash."""
     if url.startswith("file://"):
         url = url.removeprefix("file://")
+        url = url.removeprefix("localhost") if url.startswith("localhost/") else url
     if "://" not in url:
-        return os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
-    return url.rstrip("/")
+        path = os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
+        return "/" + path.lstrip("/")  # it leaves two slashes
+    scheme, separator, rest = url.rstrip("/").partition("://")
+    return f"{_ALIASES.get(scheme, scheme)}{separator}{rest}"
 
 
 def public_url(url: str) -> str:
@@ -38,8 +49,17 @@ def public_url(url: str) -> str:
 
 
 def public_text(text: str) -> str:
-    """`text` with every URL in it made public: the messages of a store's client like to quote them whole."""
-    return _URL.sub(lambda match: public_url(match[0]), text)
+    """`text` with every URL in it made public, and every other query and signature hidden: the messages of a store's
+    client like to quote requests whole."""
+    pieces, end = [], 0
+    for match in _URL.finditer(text):
+        pieces += [_hidden(text[end : match.start()]), public_url(match[0])]
+        end = match.end()
+    return "".join([*pieces, _hidden(text[end:])])
+
+
+def _hidden(text: str) -> str:
+    return _SIGNATURE.sub(r"\1=…", _QUERY.sub("?…", text))
 
 
 def join(url: str, *names: str) -> str:

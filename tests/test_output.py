@@ -55,6 +55,8 @@ def refusal(output: OutputPrefix, other: RunDescription, *, accept_numerics: boo
         ("/local/no suffix", "no_suffix"),
         ("/local/ü%3F?.tar", "3F_"),  # a leading underscore would hide it
         ("/local/_hidden.tar", "hidden"),
+        ("/local/a.TAR", "a"),
+        ("/local/a.Tar.gz", "a"),
         ("/local/.hidden.tar", "hidden"),
         ("/local/日本.tar", "shard"),
         ("/local/.tar", "shard"),

@@ -47,7 +47,9 @@ def make(folder: Path, *paths: str) -> Path:
 @pytest.mark.parametrize(
     ("url", "spelled"),
     [("/a/b/", "/a/b"), ("file:///a/b", "/a/b"), ("/a/../b//c", "/b/c"), ("s3://bucket/key/", "s3://bucket/key"),
-     ("s3://bucket/a//b", "s3://bucket/a//b")],
+     ("s3://bucket/a//b", "s3://bucket/a//b"), ("s3a://b/x.tar", "s3://b/x.tar"), ("gcs://b/x.tar", "gs://b/x.tar"),
+     ("//tmp/x", "/tmp/x"), ("///tmp/x", "/tmp/x"), ("file:////tmp/x", "/tmp/x"), ("/", "/"),
+     ("file://localhost/tmp/x", "/tmp/x"), ("s3ax://b/x", "s3ax://b/x")],
 )  # fmt: skip
 def test_a_url_has_one_spelling(url: str, spelled: str) -> None:
     assert storage.normalize(url) == spelled == storage.normalize(spelled)
@@ -103,6 +105,21 @@ def test_shards_whose_names_differ_behind_a_question_mark_have_parts_of_their_ow
 def test_urls_inside_messages_are_shown_the_same_way() -> None:
     text = "403, message='Forbidden', url='https://u:pw@h/x.tar?sig=abc' (see s3://b/k?versionId=1), not mail@host"
     assert storage.public_text(text) == "403, message='Forbidden', url='https://h/x.tar' (see s3://b/k not mail@host"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("GET /b/x.tar?X-Amz-Signature=SEC gave 403", "GET /b/x.tar?… gave 403"),
+     ("HEAD '/b/x.tar?versionId=1&sig=SEC'", "HEAD '/b/x.tar?…'"), ("/b/x.tar?auth=SEC", "/b/x.tar?…"),
+     ("bad sig=SEC&se=1, token=SEC", "bad sig=…&se=1, token=…"),
+     ("AWSAccessKeyId=SEC was refused", "AWSAccessKeyId=… was refused"),
+     ("x-amz-security-token=SEC; aws_secret_access_key=SEC", "x-amz-security-token=…; aws_secret_access_key=…"),
+     ("https://h/x.tar?a=SEC: GET /x.tar?a=SEC", "https://h/x.tar GET /x.tar?…"),
+     ("s3://b/a?1.tar is gone", "s3://b/a?1.tar is gone"), ("/d/what?.tar and a?1.tar", "/d/what?.tar and a?1.tar"),
+     ("num_tokens=5, key=img1, offset=7", "num_tokens=5, key=img1, offset=7")],
+)  # fmt: skip
+def test_queries_and_signatures_in_messages_are_hidden_wherever_they_stand(text: str, shown: str) -> None:
+    assert storage.public_text(text) == shown == storage.public_text(shown)
 
 
 def test_errors_of_shards_hold_no_credentials() -> None:
@@ -408,6 +425,18 @@ def test_patterns_are_braces_globs_folders_and_names_each_shard_once_in_order(tm
     assert urls([f"{tmp_path}/**/*.tar"]) == [*all_x, f"{tmp_path}/t/a.tar"]
     assert urls([f"file://{tmp_path}/t/a.tar", f"{tmp_path}/t/../t/a.tar", f"{tmp_path}/t"]) == [f"{tmp_path}/t/a.tar"]
     assert urls([f"{tmp_path}/s/notes.txt"]) == [f"{tmp_path}/s/notes.txt"]  # named: so it is meant
+
+
+def test_a_folder_gives_its_shards_however_their_suffix_is_written(tmp_path: Path) -> None:
+    make(tmp_path, "s/a.tar", "s/b.TAR", "s/c.Tar.GZ", "s/d.TGZ", "s/e.tart")
+    assert urls([f"{tmp_path}/s"]) == [f"{tmp_path}/s/{name}" for name in ("a.tar", "b.TAR", "c.Tar.GZ", "d.TGZ")]
+
+
+def test_patterns_that_are_wrong_are_shown_without_credentials() -> None:
+    for pattern in ("https://me:SEC@h/{a,b.tar?sig=SEC", "memory://me:SEC@h/nothing-*.tar"):
+        with pytest.raises(NoShardsMatched) as raised:
+            expand([pattern])
+        assert "SEC" not in str(raised.value) and "://h/" in str(raised.value)
 
 
 @pytest.mark.parametrize(
