@@ -90,11 +90,12 @@ class ActorPool:
             for ref in self._actors.wait(list(self._calls), POLL_S):
                 del self._calls[ref]
 
-    def run(self, dispatch: Dispatch) -> Iterator[ShardResult | GivenUp]:
-        """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, and what
-        the tokenizer's loading raises."""
+    def run(self, dispatch: Dispatch, check: Callable[[], None] = lambda: None) -> Iterator[ShardResult | GivenUp]:
+        """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, what the
+        tokenizer's loading raises, and what `check` raises, which is called before anything is handed out."""
         self._dispatch = dispatch
         while not self._dispatch.finished:
+            check()
             self._act()
             self._hand_out()
             for ref in self._actors.wait(list(self._calls), POLL_S):

@@ -15,7 +15,7 @@ from jobs.progress import JobProgress
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_run import TokenizeRun, held
 from pipeline import storage
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RunHeld
 from pipeline.ledger import Ledger
 from pipeline.manifest import Totals, write_manifest
 from pipeline.plan import Plan, collector_paused, make_plan, record_plan
@@ -75,6 +75,7 @@ class Session:
         self._console = Console(soft_wrap=True, highlight=False)
 
     def run(self, source: Source, command: str) -> int:
+        self._ledger.check()
         if self._plan.todo:
             storage.remove(self._output.file("manifest.json"))  # the plan is no longer complete
         record_plan(self._output, self._plan, self._config.public_settings())
@@ -92,8 +93,8 @@ class Session:
             self._say_stopped("stopped", command)
             return INTERRUPTED
         except PipelineError as error:
-            if not self._num_new:
-                raise  # nothing was started: exit 2
+            if isinstance(error, RunHeld) or not self._num_new:
+                raise  # exit 3; or nothing was started: exit 2
             self._say_stopped(f"stopped by an error ({error})", command)
             return 1
         return self._conclude(command)
@@ -120,11 +121,12 @@ class Session:
                 ActorPool(RayActors(source, self._run.job(threads), settings), settings) as pool,
                 JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
             ):
-                for outcome in pool.run(dispatch):
+                for outcome in pool.run(dispatch, self._ledger.check):
                     progress.note(_line(self._record(outcome)))
                     progress.advance(1, self._speed(started, rows_before))
 
     def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
+        self._ledger.check()
         if not isinstance(outcome, ShardResult):
             outcome = self._keep(outcome) or self._quarantine(outcome)
         self.rows.append(outcome)
@@ -155,6 +157,7 @@ class Session:
             self._config, self._output.url, plan.num_shards, self._totals, rows, plan.removed, plan.num_left
         )
         if not closing.lost and not plan.num_left:
+            self._ledger.check()
             write_manifest(self._output, self._run.table, rows, plan.removed)
         return closing.tell(self._console.print, command)
 

@@ -46,15 +46,16 @@ class TokenizeRun:
 @contextmanager
 def held(run: TokenizeRun) -> Iterator[Ledger]:
     """Inside, this driver holds the output, and only it writes there. Raises RunMismatch (before anything is written,
-    the lease included), RunHeld."""
+    the lease included), RunHeld; the ledger's `check` raises RunHeld once another driver has the output."""
     accept = run.config.accept_numerics
     check_run(run.output, run.description(), accept_numerics=accept)
-    with Lease(run.output):
+    with Lease(run.output) as lease:
         claim(run.output, run.description(), accept_numerics=accept)
         storage.remove_temporaries(run.output.url)
-        ledger = Ledger(run.output)
+        ledger = Ledger(run.output, lease.check)
         ledger.compact()
         try:
             yield ledger
         finally:  # what an actor was at when it was stopped
-            storage.remove_temporaries(run.output.url)
+            if lease.lost is None:
+                storage.remove_temporaries(run.output.url)

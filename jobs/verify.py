@@ -117,11 +117,11 @@ def rebuild_ledger(output: OutputPrefix, sample: SampleSettings | None = None) -
     """Make the ledger again from every byte of the parts and the errors files; what is torn or wrong gets no row.
     Raises RunHeld beside a driver at work."""
     require_run(output)
-    with Lease(output):
+    with Lease(output) as lease:
         verification, tally = Verification(output, without_ledger=True), Tally()
         for check in _checks(verification, tally, quick=False):
             tally.add(check)
-        Ledger(output).rewrite(tally.rows)
+        Ledger(output, lease.check).rewrite(tally.rows)
     problems = [p for p in tally.problems if p.kind is not ProblemKind.UNRECORDED]
     problems += [*left_behind(output), *run_problems(output, verification.table, tally.rows)]
     report = _report(output, tally.rows, tally, problems, running=False, quick=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any
@@ -30,10 +30,11 @@ assert LEDGER_SCHEMA.names == [f.name for f in fields(ShardResult)]
 
 
 class Ledger:
-    """Reads all segments; appends by publishing a new one. Only the driver that holds the prefix writes."""
+    """Reads all segments; appends by publishing a new one. Only the driver that holds the prefix writes: `check`
+    raises when it no longer does."""
 
-    def __init__(self, output: OutputPrefix) -> None:
-        self._output = output
+    def __init__(self, output: OutputPrefix, check: Callable[[], None] = lambda: None) -> None:
+        self._output, self.check = output, check
         self._next_number: int | None = None
         self._appended: list[str] = []  # since the last merge
 
@@ -76,6 +77,7 @@ class Ledger:
 
     def _publish(self, rows: list[ShardResult]) -> str:
         """Under the next number that nobody has: a driver that lost its lease may have taken one meanwhile."""
+        self.check()
         data = _segment_bytes(rows)
         if self._next_number is None:
             self._segments()

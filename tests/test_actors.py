@@ -11,7 +11,7 @@ import pytest
 from jobs.actors import ActorPool
 from jobs.cluster import ClusterError
 from jobs.dispatch import Dispatch, GivenUp
-from pipeline.errors import PublishFailed
+from pipeline.errors import PublishFailed, RunHeld
 from pipeline.plan import ShardTask
 from pipeline.records import ObjectInfo, ShardResult
 from simulated_actors import SimulatedActors, settings
@@ -229,6 +229,19 @@ def test_two_poison_shards_in_one_actor_are_both_quarantined_and_nobody_else_is_
 def test_a_poison_shard_in_the_last_place_is_quarantined() -> None:
     actors = SimulatedActors(nature=lambda task: "poison" if task.shard.url == "f" else "good")
     assert quarantined(run(actors, "abcdef")) == {"f": ("shard_crashed", 3)}
+
+
+def test_a_driver_that_may_go_on_no_more_hands_nothing_out_and_its_actors_are_stopped() -> None:
+    """It is asked all the time, not only when a shard is done."""
+    actors = SimulatedActors(seconds=lambda task, attempt: 100.0)
+
+    def check() -> None:
+        if actors.time > 20:
+            raise RunHeld("another driver has it")
+
+    with pytest.raises(RunHeld), ActorPool(actors, settings(2), actors.now) as pool:
+        list(pool.run(Dispatch(tasks("abcdef"), attempts=3, in_flight_limit=2), check))
+    assert actors.time < 30 and not actors.living()
 
 
 def test_all_actors_dead_at_once_cost_nothing_but_time() -> None:

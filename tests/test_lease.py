@@ -21,6 +21,13 @@ from pipeline.errors import RunHeld, StorageError
 from pipeline.lease import EXPIRY_S, RENEW_S, Lease
 from pipeline.output import OutputPrefix
 
+SOON = str(time.time() + 100).encode()  # alive, were it whole
+DAMAGED = [
+    b'{"renewed": null, "pid": 1}', b'{"renewed": "x", "pid": 1}', b'{"renewed": NaN, "pid": 1}',
+    b'{"renewed": Infinity, "pid": 1}', b'{"renewed": 1%s, "pid": 1}' % (b"0" * 400),
+    b'{"renewed": %s, "pid": null}' % SOON, b'{"renewed": %s, "pid": []}' % SOON, b'{"renewed": %s}' % SOON,
+]  # fmt: skip
+
 
 @pytest.fixture
 def output(tmp_path: Path) -> OutputPrefix:
@@ -99,14 +106,64 @@ def test_a_live_driver_on_another_host_is_respected_though_its_process_cannot_be
     assert stored(output)["writer"] == "another"
 
 
-@pytest.mark.parametrize("age_s", [EXPIRY_S + 1, EXPIRY_S * 100])
-def test_a_lease_that_was_not_renewed_is_taken_over_from_any_host(output: OutputPrefix, age_s: float) -> None:
+@pytest.mark.parametrize("elsewhere", [{"boot": "another"}, {"pid_namespace": "pid:[1]"}, {"boot": None}])
+def test_a_live_driver_in_another_container_of_the_same_host_name_is_respected(
+    output: OutputPrefix, elsewhere: dict[str, Any]
+) -> None:
+    left_behind(output, pid=gone_process(), **elsewhere)
+    with pytest.raises(RunHeld, match="holds this run"), Lease(output):
+        pass
+    assert stored(output)["writer"] == "another"
+
+
+def test_without_linux_a_lease_ends_only_by_its_time(output: OutputPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "_boot", lambda: None)
+    left_behind(output, pid=gone_process())
+    with pytest.raises(RunHeld), Lease(output):
+        pass
+
+
+@pytest.mark.parametrize("behind_s", [EXPIRY_S + 10, -EXPIRY_S - 10])
+def test_a_live_driver_whose_clock_is_minutes_apart_is_respected(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch, behind_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def renew(seconds: float) -> None:
+        assert seconds > RENEW_S
+        there = {**stored(output), "renewed": time.time() - behind_s}
+        storage.publish(output.file("lease.json"), json.dumps(there).encode())
+
+    caplog.set_level("INFO")
+    left_behind(output, host="another-host", renewed=time.time() - behind_s)
+    with monkeypatch.context() as patch, pytest.raises(RunHeld, match="another-host"):
+        patch.setattr(lease_module.time, "sleep", renew)
+        with Lease(output):
+            pass
+    assert stored(output)["writer"] == "another"
+    assert "waiting 35 s to be sure" in caplog.text
+
+
+def test_a_lease_from_elsewhere_that_is_given_back_at_the_second_look_is_taken(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(output, host="another-host", renewed=time.time() - EXPIRY_S - 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module.time, "sleep", lambda seconds: storage.remove(output.file("lease.json")))
+        lease = Lease(output).__enter__()
+    assert stored(output)["pid"] == os.getpid()
+    lease.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("age_s", [EXPIRY_S + 1, EXPIRY_S * 100, -EXPIRY_S - 1])
+def test_a_lease_that_was_not_renewed_is_taken_over_from_any_host(
+    output: OutputPrefix, age_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "SECOND_LOOK_S", 0.0)
     left_behind(output, host="another-host", renewed=time.time() - age_s)
     with Lease(output):
         assert stored(output)["host"] == socket.gethostname()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff", *DAMAGED])
 def test_a_damaged_lease_is_taken_over(output: OutputPrefix, content: bytes) -> None:
     storage.publish(output.file("lease.json"), content)
     with Lease(output):
@@ -197,3 +254,53 @@ def test_of_many_that_take_over_a_dead_lease_at_once_exactly_one_holds_it(output
     for thread in threads:
         thread.join()
     assert sorted(held) == [False] * 5 + [True]
+
+
+def other_takes(output: OutputPrefix) -> None:
+    there = {**stored(output), "writer": "another", "host": "another-host", "pid": 7}
+    storage.publish(output.file("lease.json"), json.dumps(there).encode())
+
+
+def test_a_driver_whose_lease_another_took_learns_it_at_its_next_renewal(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_S", 0.01)
+    with Lease(output) as lease:
+        lease.check()
+        other_takes(output)
+        deadline = time.monotonic() + 10
+        while lease.lost is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(RunHeld, match=r"process 7 on another-host.*what was done is safe") as raised:
+            lease.check()
+    assert raised.value.exit_code == 3
+    assert stored(output)["writer"] == "another"
+
+
+@pytest.mark.parametrize("clock", ["time", "monotonic"])
+def test_a_driver_that_was_stopped_for_longer_than_its_lease_asks_before_it_goes_on(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch, clock: str
+) -> None:
+    """Its thread has not renewed yet. A machine that slept has only the wall clock to go by."""
+    real = getattr(time, clock)
+    with Lease(output) as lease, monkeypatch.context() as patch:
+        first = stored(output)["renewed"]
+        patch.setattr(lease_module.time, clock, lambda: real() + EXPIRY_S + 1)
+        lease.check()  # nobody took it: it goes on
+        assert stored(output)["renewed"] > first
+        other_takes(output)
+        lease.check()  # it was renewed a moment ago
+        patch.setattr(lease_module.time, clock, lambda: real() + 2 * EXPIRY_S + 2)
+        with pytest.raises(RunHeld, match="process 7 on another-host"):
+            lease.check()
+
+
+def test_a_driver_whose_successor_is_done_already_has_lost_its_lease_too(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Lease(output) as lease:
+        storage.remove(output.file("lease.json"))
+        monkeypatch.setattr(lease_module, "EXPIRY_S", -1.0)
+        with pytest.raises(RunHeld, match="which is gone again"):
+            lease.check()
+    assert not storage.exists(output.file("lease.json"))

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jobs import tokenize_dataset as dataset_module
 from jobs.checkpoints import read_head
-from jobs.tokenize_run import TokenizeRun
+from jobs.tokenize_dataset import Session
+from jobs.tokenize_run import TokenizeRun, held
 from make_data import folder_bytes, write_checkpoint, write_shards
 from make_run import run_config, tokenize_here
+from pipeline import lease as lease_module
 from pipeline import storage
+from pipeline.errors import RunHeld
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix
+from pipeline.plan import make_plan
+from pipeline.records import ShardResult, ShardState
+from pipeline.shard_patterns import expand
 
 COUNTS = [9, 4, 12, 7]
+DONE = ShardResult("s3://b/0.tar", 10, "e", ShardState.DONE)
 # All is imported before the line is read, so that both come to the lease within milliseconds.
 DRIVER = """
 import sys
@@ -33,6 +42,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 main(sys.argv[1:])
 """
+SLEEPER = DRIVER.replace("print(", "from pipeline import lease; lease.EXPIRY_S, lease.RENEW_S = 2.0, 0.5\nprint(", 1)
 HOLDER = """
 import sys
 from pipeline.errors import RunHeld
@@ -87,8 +97,10 @@ def dead_lease() -> bytes:
     """As a driver of this host leaves it that was killed just now."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as gone:
         pass
-    host = {"host": socket.gethostname(), "pid": gone.pid, "started": "1"}
-    return json.dumps({"writer": "gone", **host, "renewed": time.time()}).encode()
+    output = OutputPrefix("memory://dead-lease")
+    with Lease(output):
+        mine = json.loads(storage.read_bytes(output.file("lease.json")))
+    return json.dumps({**mine, "writer": "gone", "pid": gone.pid, "started": "1"}).encode()
 
 
 def outputs(tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> str:
@@ -125,6 +137,73 @@ def test_one_of_two_drivers_does_the_work_and_the_other_ends_with_3_in_seconds(
     found = {storage.base_name(i.url): storage.read_bytes(i.url) for i in storage.list_files(output.tokens_folder())}
     assert found == folder_bytes(folder / "calm" / "tokens")
     assert not storage.exists(output.file("lease.json")) and storage.exists(output.file("manifest.json"))
+
+
+@pytest.mark.ray
+def test_a_driver_that_wakes_after_another_took_its_run_ends_with_3_and_mixes_no_models(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, plan = tmp_path / "out", tmp_path / "out" / "plan.json"
+    other = run_config(write_checkpoint(tmp_path / "other", seed=1), folder / "in", output)
+    with started(SLEEPER, "tokenize", str(folder / "tokenize.yaml"), f"output={output}") as driver:
+        driver.stdin.write("go\n")  # type: ignore[union-attr]
+        driver.stdin.flush()  # type: ignore[union-attr]
+        until = time.monotonic() + 60
+        while not plan.exists() and time.monotonic() < until:
+            time.sleep(0.005)
+        driver.send_signal(signal.SIGSTOP)  # Ray is about to start: nothing is done yet
+        time.sleep(2.5)
+        monkeypatch.setattr(lease_module, "EXPIRY_S", 2.0)
+        assert tokenize_here(other, TokenizeRun.of(other).source.load()) == 0
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        driver.send_signal(signal.SIGCONT)
+        complaint = driver.communicate(timeout=120)[1]
+    assert driver.returncode == 3, complaint
+    assert "took the run over" in complaint and "Traceback" not in complaint
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("moment", ["before its plan", "before its manifest"])
+def test_a_driver_that_lost_its_lease_writes_nothing_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = run_config(folder / "checkpoint", folder / "in", tmp_path)
+    if moment == "before its manifest":
+        assert tokenize_here(config) == 0
+        storage.remove(str(tmp_path / "manifest.json"))
+    run = TokenizeRun.of(config)
+    with pytest.raises(RunHeld, match="took the run over"), held(run) as ledger:
+        session = Session(run, ledger, make_plan(expand(config.shards), run.output, ledger, run.table))
+        if moment == "before its manifest":  # which is all that is left to do
+            monkeypatch.setattr(dataset_module, "record_plan", lambda *_: lose_lease(run.output, monkeypatch))
+        else:
+            lose_lease(run.output, monkeypatch)
+        (tmp_path / ".part.parquet.1.tmp").write_bytes(b"what the other driver is writing")
+        before = {path: path.read_bytes() for path in files(tmp_path)}
+        session.run(run.source, "dvae")
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != "lease.json"]
+
+
+def lose_lease(output: OutputPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another driver takes it over, and this one is as one that wakes after that."""
+    there = json.loads(storage.read_bytes(output.file("lease.json")))
+    storage.publish(output.file("lease.json"), json.dumps({**there, "writer": "another"}).encode())
+    monkeypatch.setattr(lease_module, "EXPIRY_S", -1.0)
+
+
+@pytest.mark.parametrize("write", [lambda ledger: ledger.append([DONE]), lambda ledger: ledger.rewrite([DONE])])
+def test_the_ledger_of_a_driver_that_lost_its_lease_takes_no_more_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Ledger], None]
+) -> None:
+    run = TokenizeRun.of(run_config(folder / "checkpoint", folder / "in", tmp_path))
+    with pytest.raises(RunHeld), held(run) as ledger:
+        lose_lease(run.output, monkeypatch)
+        write(ledger)
+    assert not storage.list_files(run.output.ledger_folder())
 
 
 @pytest.mark.server
