@@ -71,17 +71,22 @@ class RunDescription:
 def check_run(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -> None:
     """Raises RunMismatch when the output holds the results of another run, naming the field, both values and the
     remedy. A run.json with nothing beside it is a start that came to nothing, and binds nobody."""
-    stored = read_run(output)
+    _require_same(output, read_run(output), run, accept_numerics)
+
+
+def _require_same(
+    output: OutputPrefix, stored: dict[str, Any] | None, run: RunDescription, accept_numerics: bool
+) -> None:
     problem = _unknown_maker(output) if stored is None else _mismatch(output, stored, run, accept_numerics)
     if problem is not None and _has_results(output):
         raise RunMismatch(problem)
 
 
 def claim(output: OutputPrefix, run: RunDescription, *, accept_numerics: bool) -> None:
-    """As `check_run`, then write run.json. Only for whoever holds the prefix."""
-    check_run(output, run, accept_numerics=accept_numerics)
+    """As `check_run`, then write run.json in place of just what was checked. Only for whoever holds the prefix."""
     url = output.file("run.json")
     there = _bytes_or_none(url)
+    _require_same(output, None if there is None else _parse(url, there), run, accept_numerics)
     stored = {} if there is None else _parse(url, there)
     same = _mismatch(output, stored, run, accept_numerics) is None
     used = (stored.get("numerics") or []) if same else []
