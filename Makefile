@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install demo demo-cluster test test-all check clean
+.PHONY: help install demo demo-cluster test test-all lint check clean
 
 help:
 	@echo "make demo      photographs -> shards -> training -> tokens -> pictures, in ./demo-output"
@@ -35,10 +35,12 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pytest -m ''
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/pytest -m quick -n auto
 
 clean:
