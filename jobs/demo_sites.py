@@ -113,8 +113,8 @@ def local_cluster(folder: Path) -> Iterator[OnCluster]:
     job_folder.mkdir(parents=True, exist_ok=True)
     for name in (TRAIN, TOKENIZE):
         shutil.copy(_config(name), job_folder)
-    os.environ.update(server.environment)  # first: the cluster's jobs inherit it from the head
-    os.environ.update(head.environment)
+    before = dict(os.environ)
+    os.environ.update({**server.environment, **head.environment})  # the cluster's jobs inherit it from the head
     try:
         server.start()
         head.start()
@@ -122,6 +122,8 @@ def local_cluster(folder: Path) -> Iterator[OnCluster]:
     finally:
         head.stop()
         server.stop()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _config(name: str) -> Path:

@@ -36,11 +36,10 @@ def ray_cluster() -> Iterator[None]:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an empty bucket on a real S3 server; clients of this process and its children find it by environment."""
     from jobs.local_servers import S3Server
+    from s3_clients import s3_clients_of
 
     server = S3Server(tmp_path_factory.mktemp("s3"), "test-bucket")
     server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with s3_clients_of(server.environment):
         yield "s3://test-bucket"
     server.stop()

@@ -14,6 +14,7 @@ from chaos import Chaos, dvae
 from jobs.local_servers import S3Server
 from make_data import sample_members, tar_bytes, write_checkpoint
 from pipeline import storage
+from s3_clients import s3_clients_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.server]
 WEIGHTS = {"actor": 6, "driver": 2, "server": 2}
@@ -25,9 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A server of its own: it is killed and comes back."""
     one = S3Server(tmp_path_factory.mktemp("chaos-s3"), "chaos")
     one.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in one.environment.items():
-            patch.setenv(name, value)
+    with s3_clients_of(one.environment):
         yield one
     one.stop()
 

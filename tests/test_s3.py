@@ -25,6 +25,7 @@ from pipeline.ranged_reader import BLOCK_BYTES
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
 from pipeline.shard_stream import open_shard
+from s3_clients import s3_clients_of
 
 pytestmark = pytest.mark.server
 COUNTS = [5, 11]
@@ -261,20 +262,17 @@ def test_what_is_not_there_is_said_with_its_url(s3: str) -> None:
         storage.read_bytes(f"{s3}/nothing")
 
 
-def test_a_server_killed_and_started_again_has_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_killed_and_started_again_has_what_it_had(tmp_path: Path) -> None:
     """So that tests may kill the server that a run writes to."""
     server = S3Server(tmp_path, "killed-bucket")
     server.start()
     try:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        fsspec.filesystem("s3").clear_instance_cache()  # it remembers another server
-        for n in range(5):
-            storage.publish(f"s3://killed-bucket/{n}", b"%d" % n * 1000)
-        server.kill()
-        server.start()
-        found = [storage.read_bytes(i.url) for i in storage.list_files("s3://killed-bucket")]
-        assert found == [b"%d" % n * 1000 for n in range(5)]
+        with s3_clients_of(server.environment):
+            for n in range(5):
+                storage.publish(f"s3://killed-bucket/{n}", b"%d" % n * 1000)
+            server.kill()
+            server.start()
+            found = [storage.read_bytes(i.url) for i in storage.list_files("s3://killed-bucket")]
+            assert found == [b"%d" % n * 1000 for n in range(5)]
     finally:
         server.stop()
-        fsspec.filesystem("s3").clear_instance_cache()
