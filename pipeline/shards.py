@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import closing
+from functools import lru_cache
 
 from pipeline import shard_stream
 from pipeline.records import FailureReason, ObjectInfo, RawSample
@@ -17,6 +18,7 @@ _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")
 
 
+@lru_cache(maxsize=16)  # a name is asked after four times in a row
 def split_key(name: str) -> tuple[str, str] | None:
     """(key, lower-case extension) of a member, split at the first dot of its base name; None for a member
     that belongs to no sample. The same rule as webdataset's `base_plus_ext` and its default `skip_meta`."""
