@@ -8,7 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -59,13 +59,24 @@ def tokenize(
     config: Config,
     overrides: Overrides = None,
     prune: Annotated[bool, typer.Option("--prune", help="drop parts of shards that the input has no longer")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="only say what would be done, how long it takes and how much it writes")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --plan: print JSON, with all shards by name")] = False,
 ) -> int:
     """Tokenise shards into Parquet; the same command again resumes."""
     from jobs.config import load_config
     from jobs.tokenize_config import TokenizeConfig
     from jobs.tokenize_dataset import run_tokenize
 
-    return run_tokenize(load_config(TokenizeConfig, config, overrides or ()), _command(), prune=prune)
+    if as_json and not plan:
+        raise typer.BadParameter("--json belongs to --plan")
+    settings = load_config(TokenizeConfig, config, overrides or ())
+    if plan:
+        from jobs.tokenize_plan import run_plan
+
+        return run_plan(settings, _command(without=("--plan", "--json")), as_json=as_json)
+    return run_tokenize(settings, _command(), prune=prune)
 
 
 @app.command()
@@ -237,12 +248,14 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _command() -> str:
-    """The line that was typed, to be typed again. (What the shell found on PATH has a whole path here too.)"""
+def _command(without: Collection[str] = ()) -> str:
+    """The line that was typed, to be typed again, less these words of it. (What the shell found on PATH has a whole
+    path here too.)"""
     program = sys.argv[0]
     typed_with_path = program.endswith("/dvae") and program != shutil.which("dvae")
-    shown = [public_text(argument) for argument in sys.argv[1:]]
-    left_out = "" if shown == sys.argv[1:] else "   # and the secrets of its URLs, which are not shown"
+    typed = [argument for argument in sys.argv[1:] if argument not in without]
+    shown = [public_text(argument) for argument in typed]
+    left_out = "" if shown == typed else "   # and the secrets of its URLs, which are not shown"
     return shlex.join([program if typed_with_path else "dvae", *shown]) + left_out
 
 

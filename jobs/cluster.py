@@ -57,6 +57,11 @@ def _connect(address: str) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
+def cluster_resources() -> dict[str, float]:
+    """What the cluster that is connected has, by name (CPU, GPU, …)."""
+    return dict(ray.cluster_resources())
+
+
 def describe_resources() -> str:
     """What the cluster has and what of it is free, for messages."""
     total, free = ray.cluster_resources(), ray.available_resources()

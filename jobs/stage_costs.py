@@ -10,10 +10,9 @@ import hashlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +33,8 @@ from pipeline.tokenize_shard import TokenizeJob
 
 KEPT_RAW_BYTES = 512 << 20  # of undecoded images: the sample ends where it has more
 KEPT_PIXEL_BYTES = 256 << 20  # of batches for the encoder
-ENCODE_FOR_S = 5.0  # it may take a second an image: then fewer of them must do
+TAR_BLOCK = 512
+STAGE_FOR_S = 5.0  # a stage that takes longer has seen enough, be it a second an image
 Made = TypeVar("Made")
 Progress = Callable[[str], None]
 Raw = list[tuple[ObjectInfo, list[RawSample]]]
@@ -47,7 +47,7 @@ class NothingToMeasure(PipelineError):
 @dataclass(frozen=True)
 class StageCosts:
     """Seconds an image, each stage measured alone on one thread. `write_s`: making a shard's part, its checksum, and
-    the PUT. `num_images` were read and decoded, `num_encoded` of them encoded."""
+    the PUT. `num_images` were decoded, `num_encoded` encoded (whole batches, their filling included)."""
 
     read_s: float
     decode_s: float
@@ -67,12 +67,14 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class StageSample:
-    """`cpu` of this process, all its threads together; `wall` by the clock. `image_bytes` and `part_bytes` are means
-    of an image. `batches` are whole ones, decoded."""
+    """`cpu` of this process, all its threads together; `wall` by the clock. `image_bytes`, `shard_bytes` and
+    `part_bytes` are means of an image: of its file, of its share of the tar, and of its row. `batches` are whole ones,
+    decoded."""
 
     cpu: StageCosts
     wall: StageCosts
     image_bytes: float
+    shard_bytes: float
     part_bytes: float
     num_failed: int
     batches: tuple[NDArray[np.uint8], ...]
@@ -109,17 +111,18 @@ def measure_stages(
     num_images: int,
     progress: Progress = lambda stage: None,
 ) -> StageSample:
-    """The first images of the shards through one stage after another. Parts go to a folder of their own below the
-    job's output, which is removed again. Raises ShardError, StorageError, NothingToMeasure."""
+    """The first images of the shards through one stage after another, each for STAGE_FOR_S at most. Parts go to a
+    folder of their own below the job's output, which is removed again. Raises ShardError, StorageError,
+    NothingToMeasure."""
     keep_large_blocks_apart()  # as the worker does: it decides what a large array costs
     progress("read")
     read_first(shards, job, 1)  # connections are made, modules imported
     raw, reading = _timed(lambda: read_first(shards, job, num_images))
-    num_read = sum(len(samples) for _, samples in raw)
     progress("decode")
     decoded, decoding = _timed(lambda: _decode(raw, spec, job))
+    num_read, num_decoded = _count(raw), decoded.num_rows + decoded.num_failed
     if not decoded.num_rows:
-        raise NothingToMeasure(f"none of the first {num_read:,} images of the shards can be decoded")
+        raise NothingToMeasure(f"none of the first {num_decoded:,} images of the shards can be decoded")
     progress("encode")
     tokens_BN, encoding = _encode(decoded, tokenizer, job)
     progress("write")
@@ -127,13 +130,14 @@ def measure_stages(
     num_encoded = len(tokens_BN)
 
     def costs(spent: Callable[[_Spent], float]) -> StageCosts:
-        read_s, decode_s = spent(reading) / num_read, spent(decoding) / num_read
+        read_s, decode_s = spent(reading) / num_read, spent(decoding) / num_decoded
         encode_s, write_s = spent(encoding) / num_encoded, spent(writing) / decoded.num_rows
-        return StageCosts(read_s, decode_s, encode_s, write_s, num_read, num_encoded)
+        return StageCosts(read_s, decode_s, encode_s, write_s, num_decoded, num_encoded)
 
     image_bytes = sum(sample.size for _, samples in raw for sample in samples) / num_read
+    shard_bytes = sum(_bytes_up_to(samples) for _, samples in raw) / num_read
     return StageSample(
-        costs(lambda s: s.cpu_s), costs(lambda s: s.wall_s), image_bytes, num_bytes / decoded.num_rows,
+        costs(lambda s: s.cpu_s), costs(lambda s: s.wall_s), image_bytes, shard_bytes, num_bytes / decoded.num_rows,
         decoded.num_failed, tuple(decoded.batches),
     )  # fmt: skip
 
@@ -144,48 +148,62 @@ def _timed(work: Callable[[], Made]) -> tuple[Made, _Spent]:
     return made, _Spent(time.process_time() - cpu, time.perf_counter() - wall)
 
 
+def _count(raw: Raw) -> int:
+    return sum(len(samples) for _, samples in raw)
+
+
+def _bytes_up_to(samples: Sequence[RawSample]) -> int:
+    """Of the tar, up to the last image's end; in a compressed tar, which tells no offsets, about what they take."""
+    last = samples[-1] if samples else None
+    if last is None or last.offset is None:
+        return sum(sample.size + 2 * TAR_BLOCK for sample in samples)
+    return last.offset + last.size + TAR_BLOCK
+
+
 def read_first(shards: Sequence[ObjectInfo], job: TokenizeJob, num_images: int) -> Raw:
-    """The first samples, good or bad, of these shards, as many as asked for or as KEPT_RAW_BYTES hold."""
+    """The first samples, good or bad, of these shards: as many as asked for, as KEPT_RAW_BYTES hold, or as STAGE_FOR_S
+    allow; at least one. Raises ShardError, StorageError."""
     found: Raw = []
-    left, left_bytes = num_images, KEPT_RAW_BYTES
+    left, left_bytes, until = num_images, KEPT_RAW_BYTES, time.monotonic() + STAGE_FOR_S
     for shard in shards:
-        if left <= 0 or left_bytes <= 0:
-            break
-        samples = list(_up_to(shard, job, left, left_bytes))
-        left, left_bytes = left - len(samples), left_bytes - sum(sample.size for sample in samples)
+        samples: list[RawSample] = []
         found.append((shard, samples))
+        with closing(_samples(shard, job)) as all_samples:
+            for sample in all_samples:
+                samples.append(sample)
+                left, left_bytes = left - 1, left_bytes - sample.size
+                if left <= 0 or left_bytes <= 0 or time.monotonic() > until:
+                    return found
     return found
 
 
-def _up_to(shard: ObjectInfo, job: TokenizeJob, num_images: int, num_bytes: int) -> Iterator[RawSample]:
-    options = {"metadata_extensions": job.metadata_extensions, "image_extensions": job.image_extensions}
-    with closing(read_samples(shard, require_end_marker=job.require_end_marker, **options)) as samples:
-        for sample in islice(samples, num_images):
-            yield sample
-            num_bytes -= sample.size
-            if num_bytes <= 0:
-                return
+def _samples(shard: ObjectInfo, job: TokenizeJob) -> Generator[RawSample, None, None]:
+    return read_samples(
+        shard,
+        metadata_extensions=frozenset(column.extension for column in job.table.columns),
+        image_extensions=job.image_extensions,
+        require_end_marker=job.require_end_marker,
+    )
 
 
 def _decode(raw: Raw, spec: ImageSpec, job: TokenizeJob) -> _Decoded:
     """Copying each image into its batch belongs to it."""
-    batches = _Batches((job.batch_size, spec.size, spec.size, 3))
-    shards = [(shard, _decode_shard(samples, spec, job, batches)) for shard, samples in raw]
-    num_rows = sum(len(rows) for _, rows in shards)
-    num_failed = sum(len(samples) for _, samples in raw) - num_rows
-    return _Decoded([one for one in shards if one[1]], batches.kept, num_rows, num_failed)
-
-
-def _decode_shard(
-    samples: list[RawSample], spec: ImageSpec, job: TokenizeJob, batches: _Batches
-) -> list[DecodedSample]:
-    rows = []
-    for sample in samples:
-        outcome = decode_sample(sample, spec, job.table.columns)
-        if not isinstance(outcome, SampleFailure):
-            rows.append(outcome[0])
-            batches.add(outcome[1])
-    return rows
+    until, batches = time.monotonic() + STAGE_FOR_S, _Batches((job.batch_size, spec.size, spec.size, 3))
+    shards: list[tuple[ObjectInfo, list[DecodedSample]]] = []
+    num_failed = 0
+    for shard, samples in raw:
+        rows: list[DecodedSample] = []
+        for sample in samples:
+            outcome = decode_sample(sample, spec, job.table.columns)
+            if isinstance(outcome, SampleFailure):
+                num_failed += 1
+            else:
+                rows.append(outcome[0])
+                batches.add(outcome[1])
+            if time.monotonic() > until:
+                break
+        shards.append((shard, rows))
+    return _Decoded([one for one in shards if one[1]], batches.kept, sum(len(rows) for _, rows in shards), num_failed)
 
 
 class _Batches:
@@ -207,11 +225,11 @@ class _Batches:
 
 
 def _encode(decoded: _Decoded, tokenizer: ImageTokenizer, job: TokenizeJob) -> tuple[NDArray[Any], _Spent]:
-    """The tokens of as many batches as ENCODE_FOR_S allows. The first batch is encoded once before: it may compile."""
+    """The tokens of as many batches as STAGE_FOR_S allows. The first batch is encoded once before: it may compile."""
     tokenizer.encode(decoded.batches[0])
 
     def encode() -> NDArray[Any]:
-        until, tokens = time.perf_counter() + ENCODE_FOR_S, []
+        until, tokens = time.perf_counter() + STAGE_FOR_S, []
         for batch_BHWC in decoded.batches:
             tokens.append(narrow_tokens(tokenizer.encode(batch_BHWC), job.table))
             if time.perf_counter() > until:

@@ -1,0 +1,58 @@
+"""What a machine has for a run: cores that this process may use, and GPUs. Asks neither Ray nor the network."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.tokenize_config import RaySettings
+
+THIS = "this machine"
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`name`: for messages, `this machine` or a cluster's address."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+def this_machine(*, with_gpus: bool) -> Machine:
+    """GPUs are looked for only where they are wanted: it takes torch, which takes seconds."""
+    if not with_gpus:
+        return Machine(THIS, usable_cores(), 0)
+    from model.devices import num_gpus
+
+    return Machine(THIS, usable_cores(), num_gpus())
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """Cores that this process may run on, and no more than its container's share of time (`cgroup`) adds up to."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, _quota(cgroup) or allowed))
+
+
+def _quota(cgroup: Path) -> int | None:
+    """Of version 2 and version 1; None without a limit."""
+    try:
+        if (both := cgroup / "cpu.max").exists():
+            quota, period = both.read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return math.ceil(int(quota) / int(period)) if quota != "max" and int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def actors_on(machine: Machine, settings: RaySettings, num_shards: int) -> int:
+    """How many actors a run has there: as configured; else one for each GPU (or each CPU, where no GPU is asked for),
+    one at least, and no more than there are shards."""
+    per_actor, there = (settings.gpus_per_actor, machine.gpus) if settings.gpus_per_actor else (
+        settings.cpus_per_actor, machine.cpus)  # fmt: skip
+    fitting = int(there / per_actor) if per_actor else 1
+    return settings.num_actors or max(1, min(fitting, num_shards))
