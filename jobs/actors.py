@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.errors import PipelineError, PublishFailed, ShardError, StorageError
 from pipeline.plan import ShardTask
 from pipeline.records import FailureReason, ShardResult
+from pipeline.stage_times import StageTimes
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -73,6 +74,7 @@ class ActorPool:
         self._pace = Pace(settings.shard_deadline_s)
         self._waiting = Waiting(settings, now, actors.resources)
         self._calls: dict[Any, _Call] = {}
+        self.times = StageTimes()  # of all actors, in all runs
         self._ever_ready = False
         self._asked_for_draining = now()
 
@@ -160,6 +162,7 @@ class ActorPool:
             self._slots.away(call.slot, outcome.message)
             yield from self._dispatch.actor_away(call.slot.name)
         elif isinstance(outcome.value, ShardResult):
+            self.times += outcome.times
             yield from self._finished(call, outcome.value)
         else:
             yield from self._shows_life(call.slot, outcome.value)

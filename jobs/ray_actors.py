@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -12,9 +12,10 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from jobs.cluster import describe_resources, draining_nodes
 from jobs.pool_settings import PoolSettings
-from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor
+from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor, Tokenized
 from pipeline.plan import ShardTask
 from pipeline.records import ShardResult
+from pipeline.stage_times import StageTimes
 from pipeline.tokenize_shard import TokenizeJob
 
 WATCH_S = 30.0
@@ -24,6 +25,7 @@ _ADVICE = "Some common causes include:"
 @dataclass(frozen=True)
 class Answer:
     value: ShardResult | SignOfLife
+    times: StageTimes = field(default_factory=StageTimes)  # that the actor spent since its last answer
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class RayActors:
 
     def outcome(self, call: Any) -> Outcome:
         try:
-            return Answer(ray.get(call))
+            value = ray.get(call)
+            return Answer(value.result, value.times) if isinstance(value, Tokenized) else Answer(value)
         except ActorUnavailableError as error:
             return Unreachable(_first_and_last_line(error))
         except RayTaskError as error:

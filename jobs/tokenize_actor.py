@@ -13,6 +13,7 @@ from typing import Protocol
 from jobs.cluster import SWITCH_INTERVAL_S, this_node
 from pipeline.plan import ShardTask
 from pipeline.records import ImageTokenizer, ShardResult
+from pipeline.stage_times import StageTimes
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker
 
 
@@ -31,6 +32,14 @@ class SignOfLife:
     num_open: int
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """What an actor answers for a shard. `times`: spent since its last such answer, by all its shards."""
+
+    result: ShardResult
+    times: StageTimes
+
+
 class TokenizeActor:
     """The worker, to be made remote. Loading is a call of its own, so that its errors arrive as they are."""
 
@@ -44,12 +53,12 @@ class TokenizeActor:
         self._worker = TokenizeWorker(self._source.load(), self._job)
         return self.ping()
 
-    def tokenize(self, task: ShardTask, delay_s: float) -> ShardResult:
+    def tokenize(self, task: ShardTask, delay_s: float) -> Tokenized:
         """`delay_s`: what failed just now is not tried again at once."""
         assert self._worker is not None, "load comes first"
         with self._open():
             time.sleep(delay_s)
-            return self._worker.tokenize(task)
+            return Tokenized(self._worker.tokenize(task), self._worker.take_times())
 
     def watch(self, seconds: float) -> SignOfLife:
         """Answers after so long; an actor that dies meanwhile is missed at once, also when it has nothing to do."""

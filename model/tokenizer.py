@@ -7,6 +7,7 @@ up with black images, and the number of torch threads is fixed (another one may 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -49,6 +50,7 @@ class DVAETokenizer:
         self._device, self._precision = _device(device), precision
         self._batch_size, self._threads = batch_size, threads
         self._model = _inference_model(checkpoint, self._device)
+        self._turn = threading.Lock()
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -62,9 +64,9 @@ class DVAETokenizer:
         }
 
     def encode(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """uint8 (B, size, size, 3) → int32 (B, H, W), each in [0, codebook_size)."""
+        """uint8 (B, size, size, 3) → int32 (B, H, W), each in [0, codebook_size). From any thread; one at a time."""
         self._check_pixels(pixels_BHWC)
-        with self._inference():
+        with self._turn, self._inference():
             return self._in_batches(self._encode_batch, np.empty((0, *self.grid), np.int32), pixels_BHWC)
 
     def margins(self, pixels_BHWC: NDArray[np.uint8], tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.float32]:

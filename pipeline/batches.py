@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -24,24 +25,71 @@ def pixel_batches(
     samples: Iterable[RawSample],
     spec: ImageSpec,
     batch_size: int,
-    failures: list[SampleFailure],
     executor: Executor,
     *,
     columns: Sequence[MetadataColumn] = (),
 ) -> Generator[PixelBatch, None, None]:
-    """Batches in tar order; a sample that gives no pixels goes to `failures` instead (also in tar order).
+    """Batches in tar order, each with the failures of the samples that gave no pixels (also in tar order).
     At most two batches of samples are decoded ahead, and fewer where they have more than AHEAD_BYTES."""
-    batch: list[Decoded] = []
-    for outcome in _decoded_in_order(iter(samples), spec, columns, executor, ahead=2 * batch_size):
+    reading = _Timed(iter(samples))
+    batch = _NewBatch(spec, batch_size)
+    for outcome in _decoded_in_order(reading, spec, columns, executor, ahead=2 * batch_size):
+        batch.add(outcome)
+        if batch.is_full:
+            whole, batch = batch.whole(reading.take_s()), _NewBatch(spec, batch_size)
+            yield whole
+            del whole
+    if not batch.is_empty:
+        yield batch.whole(reading.take_s())
+
+
+class _NewBatch:
+    """A batch that fills up."""
+
+    def __init__(self, spec: ImageSpec, batch_size: int) -> None:
+        self._size, self._batch_size = spec.size, batch_size
+        self._decoded: list[Decoded] = []
+        self._failures: list[SampleFailure] = []
+
+    def add(self, outcome: Decoded | SampleFailure) -> None:
         if isinstance(outcome, SampleFailure):
-            failures.append(outcome)
-            continue
-        batch.append(outcome)
-        if len(batch) == batch_size:
-            yield _whole_batch(batch, batch_size)
-            batch = []
-    if batch:
-        yield _whole_batch(batch, batch_size)
+            self._failures.append(outcome)
+        else:
+            self._decoded.append(outcome)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._decoded) == self._batch_size
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._decoded and not self._failures
+
+    def whole(self, reading_s: float) -> PixelBatch:
+        rows = self._batch_size if self._decoded else 0
+        pixels_BHWC = np.zeros((rows, self._size, self._size, 3), np.uint8)
+        for row, (_, pixels_HWC) in enumerate(self._decoded):
+            pixels_BHWC[row] = pixels_HWC
+        samples = tuple(sample for sample, _ in self._decoded)
+        return PixelBatch(pixels_BHWC, samples, tuple(self._failures), reading_s)
+
+
+class _Timed(Iterator[RawSample]):
+    """Counts the seconds that are spent waiting for the next."""
+
+    def __init__(self, samples: Iterator[RawSample]) -> None:
+        self._samples, self._seconds = samples, 0.0
+
+    def __next__(self) -> RawSample:
+        started = time.monotonic()
+        try:
+            return next(self._samples)
+        finally:
+            self._seconds += time.monotonic() - started
+
+    def take_s(self) -> float:
+        taken, self._seconds = self._seconds, 0.0
+        return taken
 
 
 def _decoded_in_order(
@@ -92,10 +140,3 @@ def decode_sample(sample: RawSample, spec: ImageSpec, columns: Sequence[Metadata
 
 def _failure(sample: RawSample, stage: Stage, reason: FailureReason, message: str) -> SampleFailure:
     return SampleFailure(sample.key, sample.index, sample.offset, sample.size, stage, reason, message[:500])
-
-
-def _whole_batch(batch: list[Decoded], batch_size: int) -> PixelBatch:
-    pixels_BHWC = np.zeros((batch_size, *batch[0][1].shape), np.uint8)
-    for row, (_, pixels_HWC) in enumerate(batch):
-        pixels_BHWC[row] = pixels_HWC
-    return PixelBatch(pixels_BHWC, tuple(sample for sample, _ in batch))

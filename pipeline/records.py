@@ -106,10 +106,14 @@ class DecodedSample:
 @dataclass(frozen=True)
 class PixelBatch:
     """`samples` decoded, in tar order. `pixels_BHWC` is uint8 and always a whole batch: rows past
-    `len(samples)` are zeros, for another shape may pick another kernel and flip a near-tie."""
+    `len(samples)` are zeros, for another shape may pick another kernel and flip a near-tie. `failures` are those of the
+    samples since the batch before, in tar order; the last batch of a shard may have nothing else, and no pixels then:
+    (0, H, W, C)."""
 
     pixels_BHWC: NDArray[np.uint8]
     samples: tuple[DecodedSample, ...]
+    failures: tuple[SampleFailure, ...] = ()
+    reading_s: float = 0.0  # that its making waited for bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +151,5 @@ class ImageTokenizer(Protocol):
         """Identifies the encoder's weights, architecture and image spec."""
 
     def encode(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.integer[Any]]:
-        """uint8 (B, h, w, 3) -> tokens_BHW, any integer dtype."""
+        """uint8 (B, h, w, 3) -> tokens_BHW, any integer dtype. May be called from several threads at once: whoever
+        must not be puts the callers in order. The array may be read-only, and is not to be kept."""

@@ -35,17 +35,18 @@ class HeadTokenizer:
 
 @dataclass(frozen=True)
 class FakeSource:
-    """`seconds`: how long a batch takes, as on a GPU of that speed."""
+    """`seconds`: how long a batch takes, as on a GPU of that speed: one after another."""
 
     head: CheckpointHead
     seconds: float = 0.0
 
     def load(self) -> HeadTokenizer:
         tokenizer = HeadTokenizer(self.head)
-        encode = tokenizer.encode
+        encode, gpu = tokenizer.encode, threading.Lock()
 
         def slow(pixels_BHWC: np.ndarray) -> np.ndarray:
-            time.sleep(self.seconds)
+            with gpu:
+                time.sleep(self.seconds)
             return encode(pixels_BHWC)
 
         tokenizer.encode = slow  # type: ignore[method-assign]
@@ -88,9 +89,9 @@ class ShardFault(FakeSource):
     marks: str = ""  # a folder: one file for each deed done
 
     def load(self) -> HeadTokenizer:
-        from pipeline import tokenize_shard
+        from pipeline import decode_shard
 
-        read_samples = tokenize_shard.read_samples
+        read_samples = decode_shard.read_samples
 
         def faulty(shard: Any, **options: Any) -> Iterator[Any]:
             if self.needle in shard.url and len(list(Path(self.marks).iterdir())) < self.times:
@@ -98,7 +99,7 @@ class ShardFault(FakeSource):
                 do(self.deed)
             yield from read_samples(shard, **options)
 
-        tokenize_shard.read_samples = faulty
+        decode_shard.read_samples = faulty
         return super().load()
 
 
@@ -109,9 +110,9 @@ class SeveralFaults(FakeSource):
     deeds: tuple[tuple[str, str], ...] = ()
 
     def load(self) -> HeadTokenizer:
-        from pipeline import tokenize_shard
+        from pipeline import decode_shard
 
-        read_samples = tokenize_shard.read_samples
+        read_samples = decode_shard.read_samples
 
         def faulty(shard: Any, **options: Any) -> Iterator[Any]:
             for needle, deed in self.deeds:
@@ -119,7 +120,7 @@ class SeveralFaults(FakeSource):
                     do(deed)
             yield from read_samples(shard, **options)
 
-        tokenize_shard.read_samples = faulty
+        decode_shard.read_samples = faulty
         return super().load()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -53,9 +54,10 @@ class Recording(Executor):
 def run(
     samples: list[RawSample], batch_size: int, executor: Executor | None = None, **options: Any
 ) -> tuple[list[PixelBatch], list[SampleFailure]]:
-    failures: list[SampleFailure] = []
-    found = list(pixel_batches(samples, SPEC, batch_size, failures, executor or Recording(), **options))
-    return found, failures
+    """The batches that have pixels, and the failures of all."""
+    found = list(pixel_batches(samples, SPEC, batch_size, executor or Recording(), **options))
+    assert all(batch.samples for batch in found[:-1])
+    return [batch for batch in found if batch.samples], [failure for batch in found for failure in batch.failures]
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 3, 4, 5, 8, 9])
@@ -82,9 +84,30 @@ def test_failures_leave_no_gap_in_a_batch_and_stand_in_tar_order() -> None:
     ]
 
 
-def test_a_shard_of_bad_images_only_gives_no_batch() -> None:
-    found, failures = run([sample(n, BAD) for n in range(9)], 4)
-    assert not found and [f.index for f in failures] == list(range(9))
+def test_failures_come_with_the_batch_that_was_filling_up() -> None:
+    bad = {1, 4, 5, 9}
+    samples = [sample(n, BAD if n in bad else None) for n in range(10)]
+    found = list(pixel_batches(samples, SPEC, 3, Recording()))
+    assert [[f.index for f in batch.failures] for batch in found] == [[1], [4, 5], [9]]
+    assert [[s.index for s in batch.samples] for batch in found] == [[0, 2, 3], [6, 7, 8], []]
+    assert [batch.pixels_BHWC.shape for batch in found] == [(3, 16, 16, 3)] * 2 + [(0, 16, 16, 3)]
+
+
+def test_a_shard_of_bad_images_only_gives_one_batch_without_pixels() -> None:
+    (batch,) = pixel_batches([sample(n, BAD) for n in range(9)], SPEC, 4, Recording())
+    assert batch.pixels_BHWC.shape == (0, 16, 16, 3) and not batch.samples
+    assert [f.index for f in batch.failures] == list(range(9))
+
+
+def test_a_batch_says_how_long_its_making_waited_for_bytes() -> None:
+    def slowly() -> Iterator[RawSample]:
+        for n in range(4):
+            time.sleep(0.02)
+            yield sample(n)
+
+    first, second = pixel_batches(slowly(), SPEC, 2, Recording())
+    assert first.reading_s >= 4 * 0.02, "two batches are read ahead"
+    assert second.reading_s < 0.02
 
 
 def test_order_holds_when_later_images_are_decoded_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +148,7 @@ def test_no_more_than_two_batches_are_read_ahead() -> None:
             read += 1
             yield sample(n)
 
-    failures: list[SampleFailure] = []
-    for number, _ in enumerate(pixel_batches(reading(), SPEC, 5, failures, executor), 1):
+    for number, _ in enumerate(pixel_batches(reading(), SPEC, 5, executor), 1):
         assert read == executor.submitted <= 5 * number + 2 * 5
     assert read == 100
 
@@ -166,7 +188,7 @@ def test_leaving_early_cancels_what_was_not_begun(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(batches, "decode_sample", decode)
     with ThreadPoolExecutor(1) as executor:
-        generator = pixel_batches((sample(n) for n in range(50)), SPEC, 2, [], executor)
+        generator = pixel_batches((sample(n) for n in range(50)), SPEC, 2, executor)
         next(generator)
         generator.close()
         release.set()
@@ -179,7 +201,7 @@ def test_a_reader_that_fails_ends_the_batches_with_its_error() -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        list(pixel_batches(reading(), SPEC, 1, [], Recording()))
+        list(pixel_batches(reading(), SPEC, 1, Recording()))
 
 
 def test_an_error_that_nobody_foresaw_is_not_taken_for_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import io
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -32,13 +32,15 @@ from make_data import (
     write_shards,
 )
 from pipeline import shard_stream, storage
+from pipeline.decode_shard import ThreadDecoder
 from pipeline.errors import ShardChanged, ShardError, ShardTruncated, ShardUnreadable, StorageError
 from pipeline.images import ImageSpec, decode_image
 from pipeline.ledger import Ledger
 from pipeline.metadata import MetadataColumn
 from pipeline.output import OutputPrefix, RunDescription, claim, part_name
 from pipeline.plan import ShardTask, make_plan
-from pipeline.records import FailureReason, ObjectInfo, ShardState
+from pipeline.records import FailureReason, ObjectInfo, PixelBatch, ShardState
+from pipeline.stage_times import StageTimes
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker, quarantine
 
 CAPTION = MetadataColumn("caption", "txt")
@@ -161,21 +163,16 @@ def test_neither_threads_nor_batch_size_nor_the_worker_change_a_byte(tmp_path: P
 
 
 class Counting(FakeTokenizer):
-    """Knows what it was given, and that nobody calls it twice at once."""
+    """Knows what it was given."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
-        self._busy = threading.Lock()
 
     def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
-        assert self._busy.acquire(blocking=False), "two threads encode at once"
-        try:
-            assert pixels_BHWC.dtype == np.uint8
-            self.shapes.append(pixels_BHWC.shape)
-            time.sleep(0.005)  # as a model takes its time
-            return super().encode(pixels_BHWC)
-        finally:
-            self._busy.release()
+        assert pixels_BHWC.dtype == np.uint8
+        self.shapes.append(pixels_BHWC.shape)
+        time.sleep(0.005)  # as a model takes its time
+        return super().encode(pixels_BHWC)
 
 
 def test_the_encoder_sees_one_shape_only(tmp_path: Path) -> None:
@@ -232,6 +229,81 @@ def test_while_one_shards_batch_is_encoded_another_is_read_and_never_more_than_w
         list(calls.map(one.tokenize, map(task_of, shards)))
     assert openings.most == 2 and openings.now == 0
     assert folder_bytes(tmp_path / "side by side" / "tokens") == folder_bytes(tmp_path / "alone" / "tokens")
+
+
+@pytest.mark.parametrize("held_up", ["publish", "look_at"])
+def test_while_one_shard_is_written_or_opened_the_encoder_has_all_batches_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: str
+) -> None:
+    """A PUT (or an answer to the first request) that comes only when the other shard is encoded to its end."""
+    first, second = write_shards(tmp_path / "in", [6, 21])
+    real, other_is_encoded, waiting = getattr(storage, held_up), threading.Event(), threading.Event()
+
+    def slow(url: str, *data: bytes) -> Any:
+        if Path(first.url).stem in url:
+            waiting.set()
+            assert other_is_encoded.wait(10), "the encoder waited for the store"
+        return real(url, *data)
+
+    class Encoder(FakeTokenizer):
+        def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+            self.num_batches = getattr(self, "num_batches", 0) + 1
+            if self.num_batches == 6 + (2 if held_up == "publish" else 0):
+                other_is_encoded.set()
+            return super().encode(pixels_BHWC)
+
+    monkeypatch.setattr(storage, held_up, slow)
+    with worker(str(tmp_path / "out"), Encoder()) as one, ThreadPoolExecutor(2) as calls:
+        slow_call = calls.submit(one.tokenize, task_of(first))
+        assert waiting.wait(10)
+        assert calls.submit(one.tokenize, task_of(second)).result().num_rows == 21
+        assert slow_call.result().num_rows == 6
+
+
+def test_calls_meet_in_the_tokenizer_only(tmp_path: Path) -> None:
+    """It may have two batches at once: one on its way to the device while the other is encoded."""
+    together = threading.Barrier(2)
+
+    class Encoder(FakeTokenizer):
+        def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+            together.wait(10)
+            return super().encode(pixels_BHWC)
+
+    shards = write_shards(tmp_path / "in", [4, 4])
+    with worker(str(tmp_path / "out"), Encoder()) as one, ThreadPoolExecutor(2) as calls:
+        assert [result.num_rows for result in calls.map(one.tokenize, map(task_of, shards))] == [4, 4]
+
+
+def test_a_worker_says_where_its_time_went(tmp_path: Path) -> None:
+    with worker(str(tmp_path / "out"), Counting()) as one:
+        one.tokenize(task_of(write(tmp_path, sample_members(0, 11))))
+        times = one.take_times()
+        assert times.encode_s >= times.model_busy_s >= 3 * 0.005
+        assert min(times.read_s, times.pixels_s, times.write_s) > 0
+        stages_s = times.read_s + times.pixels_s + times.encode_s + times.write_s
+        assert stages_s == pytest.approx(times.open_s, rel=0.2), "one shard at a time: the stages are all there is"
+        assert one.take_times() == StageTimes()
+
+
+def test_pixels_may_come_from_elsewhere_and_be_read_only(tmp_path: Path) -> None:
+    """As a view of the object store is."""
+    members = [*sample_members(0, 9), *BAD]
+    shard = write(tmp_path, members)
+
+    class Elsewhere(ThreadDecoder):
+        def batches(self, shard: ObjectInfo) -> Generator[PixelBatch, None, None]:
+            for batch in super().batches(shard):
+                batch.pixels_BHWC.flags.writeable = False
+                yield batch
+
+    job = TokenizeJob(OutputPrefix(str(tmp_path / "out")), fake_table(columns=(CAPTION,)), 4, 2)
+    with (
+        worker(str(tmp_path / "here")) as here,
+        closing(TokenizeWorker(FakeTokenizer(), job, Elsewhere(job.decoding))) as there,
+    ):
+        assert here.tokenize(task_of(shard)).num_rows == there.tokenize(task_of(shard)).num_rows
+    for kind in ("tokens", "errors"):
+        assert folder_bytes(tmp_path / "out" / kind) == folder_bytes(tmp_path / "here" / kind)
 
 
 # Commit
