@@ -54,13 +54,15 @@ class Block(nn.Module):
         self.id_path: nn.Module = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels):
-            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)  # the block's own input is also that of id_path
             layers[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel)
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.id_path(x_BCHW) + self.post_gain * self.res_path(x_BCHW)
-        return out
+        id_BCHW: Tensor = self.id_path(x_BCHW)
+        res_BCHW: Tensor = self.res_path(x_BCHW).mul_(self.post_gain)
+        # In place: fresh memory for every sum costs more on a CPU than adding up does.
+        return res_BCHW.add_(id_BCHW) if id_BCHW.dtype == res_BCHW.dtype else id_BCHW + res_BCHW
 
 
 Kernels = tuple[int, int, int, int]
@@ -94,7 +96,7 @@ class Encoder(nn.Module):
         for g in range(1, len(widths)):
             pool = ("pool", nn.MaxPool2d(kernel_size=2)) if g < len(widths) - 1 else None
             layers[f"group_{g}"] = _group((widths[g - 1], widths[g]), ENCODER_KERNELS, config, pool)
-        head = OrderedDict([("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], out, 1, fp32=True))])
+        head = OrderedDict([("relu", nn.ReLU(inplace=True)), ("conv", Conv2d(widths[-1], out, 1, fp32=True))])
         layers["output"] = nn.Sequential(head)
         self.blocks = nn.Sequential(layers)
 
@@ -105,7 +107,7 @@ class Encoder(nn.Module):
         """All but the last convolution."""
         for block in list(self.blocks)[:-1]:
             x_BCHW = block(x_BCHW)
-        return F.relu(x_BCHW)
+        return F.relu(x_BCHW, inplace=True)
 
     @property
     def output(self) -> Conv2d:
@@ -195,9 +197,13 @@ class DVAE(nn.Module):
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Mapped pixels → what the keys of the codes are multiplied with: (N, C) in fp32, in raster order."""
+        return self.latents(x_BCHW).float()
+
+    def latents(self, x_BCHW: Tensor) -> Tensor:
+        """`encode` in whatever type the last convolution gives."""
         conv_head = self.config.head == "conv"
         z_BCHW: Tensor = self.encoder.body(x_BCHW) if conv_head else self.encoder(x_BCHW)
-        return z_BCHW.float().permute(0, 2, 3, 1).flatten(0, 2)
+        return z_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
 
     def tables(self) -> CodeTables:
         """Keys make the logits, codes make the latent; for `inner_product` one table is both."""

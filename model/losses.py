@@ -23,9 +23,9 @@ from model.config import LossConfig
 LOG_SCALE_RANGE = (-7.0, 3.0)
 
 
-def map_pixels(pixels_BHWC: Tensor) -> Tensor:
-    """uint8 → (B, 3, H, W) in [0.1, 0.9], fp32, laid out channels-last."""
-    return (pixels_BHWC.to(torch.float32) / 255.0).mul_(0.8).add_(0.1).permute(0, 3, 1, 2)
+def map_pixels(pixels_BHWC: Tensor, out: Tensor | None = None) -> Tensor:
+    """uint8 → (B, 3, H, W) in [0.1, 0.9], fp32, laid out channels-last; in `out` (B, H, W, 3) if it is given."""
+    return torch.div(pixels_BHWC, 255.0, out=out).mul_(0.8).add_(0.1).permute(0, 3, 1, 2)
 
 
 def unmap_pixels(x: Tensor) -> Tensor:

@@ -24,8 +24,13 @@ class CodeTables(NamedTuple):
     code_bias_D: Tensor | None
 
 
-def logits(z_NC: Tensor, tables: CodeTables) -> Tensor:
-    return F.linear(z_NC, tables.keys_KC, tables.key_bias_K)
+def logits(z_NC: Tensor, tables: CodeTables, *, out: Tensor | None = None) -> Tensor:
+    """(N, K), in `out` if it is given."""
+    if out is None:
+        return F.linear(z_NC, tables.keys_KC, tables.key_bias_K)
+    if tables.key_bias_K is None:
+        return torch.mm(z_NC, tables.keys_KC.T, out=out)
+    return torch.addmm(tables.key_bias_K, z_NC, tables.keys_KC.T, out=out)
 
 
 def relax(logits_NK: Tensor, noise_NK: Tensor, temperature: float) -> Tensor:

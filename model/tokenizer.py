@@ -1,16 +1,15 @@
 """Inference: uint8 pixels → tokens, tokens → uint8 pixels, from a checkpoint. Reading it is the caller's.
 
 Tokens must not depend on an image's neighbours or on how many are given: every batch has the same shape, filled
-up with black images, and the number of torch threads is fixed (another one may pick another kernel).
+up with black images, and the number of torch threads is fixed (another one may pick another kernel). All may be
+called from several threads at once; lanes.py orders them.
 """
 # B images, b images of one fixed-size batch, H W rows and columns, N positions, K codes, C channels
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from model import losses, quantizer
 from model.checkpoint import Checkpoint
+from model.code_search import CodeSearch, SplitCodeSearch, chunk_rows
 from model.config import ModelError
-from model.dvae import DVAE, on_device
+from model.inference import Latents, Precision, check_precision, compiling, find_device, inference_model
+from model.lanes import Lanes, exact
 from model.quantizer import CodeTables
-
-Precision = Literal["fp32", "bf16"]
-CHUNK_BYTES = 8 << 20  # of logits: one chunk stays in the cache between the product and its argmax
 
 
 class DVAETokenizer:
@@ -38,19 +36,26 @@ class DVAETokenizer:
         precision: Precision = "fp32",
         batch_size: int = 32,
         threads: int = 1,
+        compile: bool = False,
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ModelError(f"precision {precision!r} must be one of {', '.join(get_args(Precision))}")
         if min(batch_size, threads) < 1:
             raise ModelError(f"batch_size {batch_size} and threads {threads} must be at least 1")
         config = checkpoint.dvae_config
         self.image_spec, self.tokenizer_id = checkpoint.image_spec, checkpoint.tokenizer_id
         self.codebook_size = config.codebook_size
         self.grid = config.grid(self.image_spec["size"])
-        self._device, self._precision = _device(device), precision
-        self._batch_size, self._threads = batch_size, threads
-        self._model = _inference_model(checkpoint, self._device)
-        self._turn = threading.Lock()
+        self._device = find_device(device)
+        self._precision, self._dtype = precision, check_precision(precision, self._device)
+        self._batch_size, self._threads, self._compiled = batch_size, threads, compile
+        self._model = inference_model(checkpoint, self._device, self._dtype)
+        size = self.image_spec["size"]
+        pixels_shape, tokens_shape = (batch_size, size, size, 3), (batch_size, *self.grid)
+        self._lanes = Lanes(pixels_shape, tokens_shape, self._device)
+        self._latents = Latents(self._model, self._dtype, pixels_shape, compiled=compile)
+        self._search = self._code_search()
+        if compile:
+            with compiling():  # now, and not within the first shard's deadline
+                self.encode(np.zeros((1, size, size, 3), np.uint8))
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -58,23 +63,30 @@ class DVAETokenizer:
         return {
             "device": self._device.type,
             "precision": self._precision,
-            "compiled": False,
+            "compiled": self._compiled,
             "batch_size": self._batch_size,
             "threads": self._threads,
         }
 
     def encode(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """uint8 (B, size, size, 3) → int32 (B, H, W), each in [0, codebook_size). From any thread; one at a time."""
+        """uint8 (B, size, size, 3) → int32 (B, H, W), each in [0, codebook_size). The pixels may be read-only."""
         self._check_pixels(pixels_BHWC)
-        with self._turn, self._inference():
-            return self._in_batches(self._encode_batch, np.empty((0, *self.grid), np.int32), pixels_BHWC)
+        tokens_BHW = np.empty((len(pixels_BHWC), *self.grid), np.int32)
+        for start in range(0, len(pixels_BHWC), self._batch_size):
+            part_BHWC = pixels_BHWC[start : start + self._batch_size]
+            with self._lanes.lane() as lane:
+                lane.fill(part_BHWC)
+                with exact(self._threads):
+                    lane.launch(self._encode_batch)
+                tokens_BHW[start : start + self._batch_size] = lane.tokens()[: len(part_BHWC)]
+        return tokens_BHW
 
     def margins(self, pixels_BHWC: NDArray[np.uint8], tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """By how much the best logit at each position beats that of the given token, (B, H, W): how near a tie a
         token was that `encode` gives otherwise; 0 where it is the same."""
         self._check_pixels(pixels_BHWC)
         self._check_tokens(tokens_BHW)
-        with self._inference():
+        with exact(self._threads):
             return self._in_batches(self._margins_batch, np.empty((0, *self.grid), np.float32), pixels_BHWC, tokens_BHW)
 
     def decode(self, tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
@@ -82,29 +94,29 @@ class DVAETokenizer:
         self._check_tokens(tokens_BHW)
         f = self._model.config.downsample
         none = np.empty((0, tokens_BHW.shape[1] * f, tokens_BHW.shape[2] * f, 3), np.uint8)
-        with self._inference():
+        with exact(self._threads):
             return self._in_batches(self._decode_batch, none, tokens_BHW)
 
-    def _encode_batch(self, pixels_bHWC: NDArray[np.uint8]) -> NDArray[np.int32]:
-        tokens_N = _chunked_argmax(self._encoded(pixels_bHWC), self._model.tables())
-        return tokens_N.reshape(len(pixels_bHWC), *self.grid)
+    def _code_search(self) -> CodeSearch | SplitCodeSearch:
+        tables, num_rows = self._model.tables(), self._batch_size * self.grid[0] * self.grid[1]
+        split = self._device.type == "cuda" and self._precision != "fp32" and self._model.config.head == "conv"
+        return SplitCodeSearch(tables, num_rows, self._dtype) if split else CodeSearch(tables, num_rows)
+
+    def _encode_batch(self, pixels_bHWC: Tensor) -> Tensor:
+        return self._search(self._latents(pixels_bHWC)).view(-1, *self.grid)
 
     def _margins_batch(
         self, pixels_bHWC: NDArray[np.uint8], tokens_bHW: NDArray[np.integer[Any]]
     ) -> NDArray[np.float32]:
         tokens_N = torch.from_numpy(tokens_bHW.astype(np.int64).reshape(-1)).to(self._device)
-        margins_N = _chunked_margins(self._encoded(pixels_bHWC), tokens_N, self._model.tables())
+        latents_NC = self._latents(torch.from_numpy(pixels_bHWC).to(self._device))
+        margins_N = _chunked_margins(latents_NC.float(), tokens_N, self._model.tables())
         return margins_N.reshape(len(pixels_bHWC), *self.grid)
-
-    def _encoded(self, pixels_bHWC: NDArray[np.uint8]) -> Tensor:
-        x_BCHW = losses.map_pixels(torch.from_numpy(pixels_bHWC).to(self._device))
-        with self._autocast():
-            return self._model.encode(x_BCHW)
 
     def _decode_batch(self, tokens_bHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         tokens_N = torch.from_numpy(tokens_bHW.astype(np.int64).reshape(-1)).to(self._device)
         batch, rows, columns = tokens_bHW.shape
-        with self._autocast():
+        with torch.autocast(self._device.type, self._dtype, enabled=self._precision != "fp32"):
             stats_BCHW = self._model.decode_tokens(tokens_N, (batch, rows, columns))
         return losses.to_uint8(losses.reconstruction(stats_BCHW)).cpu().numpy()
 
@@ -136,61 +148,13 @@ class DVAETokenizer:
             low, high = tokens_BHW.min(), tokens_BHW.max()
             raise ModelError(f"tokens lie in [{low}, {high}]; this codebook has [0, {self.codebook_size - 1}]")
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16")
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """No gradients, our number of threads (the process's own afterwards), and true fp32 on CUDA."""
-        threads = torch.get_num_threads()
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode(), exact:
-                yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _chunked_argmax(z_NC: Tensor, tables: CodeTables) -> NDArray[np.int32]:
-    """argmax of the logits, never holding more of them than a chunk."""
-    parts = [_argmax(quantizer.logits(each, tables)) for each in torch.split(z_NC, _chunk(tables))]
-    return np.concatenate(parts)
-
 
 def _chunked_margins(z_NC: Tensor, tokens_N: Tensor, tables: CodeTables) -> NDArray[np.float32]:
-    chunks = zip(torch.split(z_NC, _chunk(tables)), torch.split(tokens_N, _chunk(tables)), strict=True)
+    rows = chunk_rows(len(tables.keys_KC), z_NC.device.type)
+    chunks = zip(torch.split(z_NC, rows), torch.split(tokens_N, rows), strict=True)
     return np.concatenate([_margins(quantizer.logits(z_nC, tables), tokens_n) for z_nC, tokens_n in chunks])
 
 
 def _margins(logits_NK: Tensor, tokens_N: Tensor) -> NDArray[np.float32]:
     chosen_N = logits_NK.gather(1, tokens_N[:, None])[:, 0]
     return np.asarray((logits_NK.amax(dim=1) - chosen_N).cpu().numpy(), dtype=np.float32)
-
-
-def _chunk(tables: CodeTables) -> int:
-    return max(1, CHUNK_BYTES // (4 * tables.keys_KC.shape[0]))
-
-
-def _argmax(logits_NK: Tensor) -> NDArray[np.int32]:
-    """On the CPU by numpy: 16 times faster there than torch (2.13) at 8192 codes."""
-    on_cpu = logits_NK.device.type == "cpu"
-    tokens_N = logits_NK.numpy().argmax(axis=1) if on_cpu else logits_NK.argmax(dim=1).cpu().numpy()
-    return np.asarray(tokens_N, dtype=np.int32)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r} must be auto, cpu, cuda or cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    return torch.device(name)
-
-
-def _inference_model(checkpoint: Checkpoint, device: torch.device) -> DVAE:
-    with torch.device("meta"):
-        model = DVAE(checkpoint.dvae_config)
-    model.load_state_dict(checkpoint.weights, assign=True)
-    return on_device(model.requires_grad_(False).eval(), device)

@@ -118,3 +118,10 @@ def test_every_pixel_level_survives_mapping_and_unmapping():
     mapped_BCHW = losses.map_pixels(levels_BHWC)
     assert (float(mapped_BCHW.min()), float(mapped_BCHW.max())) == pytest.approx((0.1, 0.9))
     assert torch.equal(losses.to_uint8(losses.unmap_pixels(mapped_BCHW)), levels_BHWC)
+
+
+def test_mapping_into_a_buffer_gives_the_bits_of_mapping_step_by_step():
+    levels_BHWC = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+    expected_BCHW = (levels_BHWC.float() / 255.0 * 0.8 + 0.1).permute(0, 3, 1, 2)
+    assert torch.equal(losses.map_pixels(levels_BHWC, out=torch.empty(1, 16, 16, 3)), expected_BCHW)
+    assert torch.equal(losses.map_pixels(levels_BHWC), expected_BCHW)

@@ -81,8 +81,8 @@ def test_even_the_logits_do_not_depend_on_the_position_in_a_batch(position, monk
     seen: list[NDArray[np.float32]] = []
     plain = quantizer.logits
 
-    def recorded(z_NC: torch.Tensor, tables: quantizer.CodeTables) -> torch.Tensor:
-        logits_NK = plain(z_NC, tables)
+    def recorded(z_NC: torch.Tensor, tables: quantizer.CodeTables, *, out: torch.Tensor) -> torch.Tensor:
+        logits_NK = plain(z_NC, tables, out=out)
         seen.append(logits_NK.numpy().copy())
         return logits_NK
 
@@ -110,10 +110,10 @@ def test_tokens_of_large_codebooks_are_in_range_and_reach_beyond_int16(codebook_
 
 
 def test_argmax_in_chunks_finds_what_one_product_finds(monkeypatch):
-    pixels_BHWC, whole = _pixels(6), DVAETokenizer(_checkpoint(), batch_size=6)
-    expected = whole.encode(pixels_BHWC)
-    monkeypatch.setattr("model.tokenizer.CHUNK_BYTES", 4 * 64 * 7)  # seven rows: no divisor of 96
-    assert np.array_equal(whole.encode(pixels_BHWC), expected)
+    pixels_BHWC = _pixels(6)
+    expected = DVAETokenizer(_checkpoint(), batch_size=6).encode(pixels_BHWC)
+    monkeypatch.setattr("model.code_search.CPU_CHUNK_BYTES", 4 * 64 * 7)  # seven rows: no divisor of 96
+    assert np.array_equal(DVAETokenizer(_checkpoint(), batch_size=6).encode(pixels_BHWC), expected)
 
 
 @pytest.mark.parametrize("head", ["conv", "inner_product"])
@@ -168,7 +168,8 @@ def test_other_tokens_are_refused_with_what_they_are(tokens_BHW, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "int8"}, "precision 'int8' must be one of fp32, bf16"),
+        ({"precision": "int8"}, "precision 'int8' must be one of fp32, bf16, fp16"),
+        ({"precision": "fp16", "device": "cpu"}, "precision 'fp16' needs a CUDA device"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"threads": 0}, "threads 0"),
         ({"device": "abacus"}, "device 'abacus'"),

@@ -1,0 +1,87 @@
+"""The encoder as tokenising runs it: weights cast once, fixed shapes, compiled if wished; uint8 pixels → latents.
+
+In bf16 and fp16 the encoder's convolutions and what lies between them are of that type, as under autocast; its last
+convolution, or the product with the codebook, stays in fp32.
+"""
+# b images of one fixed-size batch, H W rows and columns, N positions, C channels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model import losses
+from model.checkpoint import Checkpoint
+from model.config import ModelError
+from model.dvae import DVAE, Conv2d, on_device
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> torch.dtype:
+    if precision not in DTYPES:
+        raise ModelError(f"precision {precision!r} must be one of {', '.join(DTYPES)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ModelError("precision 'fp16' needs a CUDA device; on the CPU take bf16 or fp32")
+    return DTYPES[precision]
+
+
+def find_device(name: str) -> torch.device:
+    """Raises ModelError for a CUDA device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} must be auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {name!r} was asked for, but torch sees no CUDA device")
+    return torch.device(name)
+
+
+def inference_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DVAE:
+    """Frozen, on the device, its encoder in `dtype` but for the fp32 island."""
+    with torch.device("meta"):
+        model = DVAE(checkpoint.dvae_config)
+    model.load_state_dict(checkpoint.weights, assign=True)
+    model = on_device(model.requires_grad_(False).eval(), device)
+    for module in model.encoder.modules():
+        if isinstance(module, Conv2d) and not module.fp32:
+            module.to(dtype)
+    return model
+
+
+class Latents:
+    """uint8 (b, H, W, 3) on the device → (N, C): fp32, or the encoder's own type before a conv head."""
+
+    def __init__(self, model: DVAE, dtype: torch.dtype, pixels_shape: tuple[int, ...], *, compiled: bool) -> None:
+        self._model, self._dtype = model, dtype
+        device = next(model.parameters()).device
+        # A buffer of our own costs no page faults; a compiled pass makes none of this size.
+        self._x_bHWC = None if compiled else torch.empty(pixels_shape, dtype=torch.float32, device=device)
+        self._latents: Callable[[Tensor], Tensor] = self._eager
+        if compiled:
+            self._latents = torch.compile(self._eager, fullgraph=True, dynamic=False)
+
+    def __call__(self, pixels_bHWC: Tensor) -> Tensor:
+        return self._latents(pixels_bHWC)
+
+    def _eager(self, pixels_bHWC: Tensor) -> Tensor:
+        x_bCHW = losses.map_pixels(pixels_bHWC, out=self._x_bHWC)
+        return self._model.latents(x_bCHW.to(self._dtype))
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Raises ModelError saying what torch.compile lacked."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"compile: torch.compile failed ({type(error).__name__}: {first}); it needs a C++ compiler on CPUs (g++, "
+            "or $CXX) and Triton on GPUs: install it, or set compile=false"
+        ) from error

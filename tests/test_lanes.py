@@ -1,0 +1,113 @@
+"""encode from several threads: the same tokens, torch's settings as they were, nothing kept of what was given."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint, tokenizer_id
+from model.config import DVAEConfig
+from model.dvae import seeded_dvae
+from model.lanes import Lane, Lanes, exact
+from model.tokenizer import DVAETokenizer
+
+CONFIG = DVAEConfig(codebook_size=64, width=8, blocks_per_group=1, decoder_init=8, stem="strided")
+SPEC = {"size": 32, "version": 1}
+
+
+def _tokenizer(**options: object) -> DVAETokenizer:
+    weights = dict(seeded_dvae(CONFIG, 0).state_dict())
+    checkpoint = Checkpoint(weights, CONFIG, SPEC, 0, tokenizer_id(weights, CONFIG, SPEC))
+    return DVAETokenizer(checkpoint, device="cpu", **{"batch_size": 4, **options})
+
+
+def _pixels(num_images: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num_images, 32, 32, 3), dtype=np.uint8)
+
+
+def test_threads_that_encode_at_once_get_the_tokens_they_would_get_alone():
+    tokenizer, pixels_BHWC = _tokenizer(), _pixels(40)
+    alone = tokenizer.encode(pixels_BHWC)
+    with ThreadPoolExecutor(8) as executor:
+        starts = list(range(0, 40, 5)) * 5
+        found = list(executor.map(lambda start: tokenizer.encode(pixels_BHWC[start : start + 5]), starts))
+    assert all(np.array_equal(one, alone[start : start + 5]) for start, one in zip(starts, found, strict=True))
+
+
+def test_tokenizers_with_other_settings_do_not_disturb_each_other_nor_the_process():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("high")
+    seen: list[tuple[int, str]] = []
+
+    def note(threads: int) -> None:
+        for _ in range(50):
+            with exact(threads):
+                seen.append((torch.get_num_threads() - threads, torch.get_float32_matmul_precision()))
+
+    try:
+        with ThreadPoolExecutor(3) as executor:
+            list(executor.map(note, (1, 2, 3)))
+            assert executor.submit(torch.get_float32_matmul_precision).result() == "high"
+        assert set(seen) == {(0, "highest")} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_error_inside_gives_the_settings_and_the_lane_back():
+    tokenizer, before = _tokenizer(), torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), exact(before + 1):
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+    lanes = Lanes((1, 1, 1, 3), (1, 1, 1), torch.device("cpu"))
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), lanes.lane() as lane:
+            lane.launch(lambda pixels: pixels.sum() / (1 // 0))
+    assert tokenizer.encode(_pixels(1)).shape == (1, 4, 4)
+
+
+def test_read_only_and_strided_pixels_are_taken_without_a_warning():
+    tokenizer, pixels_BHWC = _tokenizer(), _pixels(6)
+    expected = tokenizer.encode(pixels_BHWC)
+    pixels_BHWC.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(tokenizer.encode(pixels_BHWC), expected)
+        assert np.array_equal(tokenizer.encode(pixels_BHWC[::2]), expected[::2])
+
+
+def test_nothing_is_kept_of_the_pixels_and_tokens_given_out_stay_as_they_are():
+    tokenizer, pixels_BHWC = _tokenizer(), _pixels(4)
+    first = tokenizer.encode(pixels_BHWC)
+    kept = first.copy()
+    pixels_BHWC[:] = 255
+    tokenizer.encode(pixels_BHWC)
+    assert np.array_equal(first, kept)
+
+
+def test_a_lane_fills_its_batch_up_with_black_whatever_was_in_it_before():
+    lane = Lane((3, 2, 2, 3), (3, 1, 1))
+    lane.fill(np.full((3, 2, 2, 3), 9, np.uint8))
+    lane.fill(np.full((1, 2, 2, 3), 7, np.uint8))
+    lane.launch(lambda pixels_bHWC: pixels_bHWC.amax(dim=(1, 2, 3)).int().view(3, 1, 1))
+    assert lane.tokens().reshape(-1).tolist() == [7, 0, 0]
+
+
+def test_who_finds_all_lanes_taken_waits_for_one():
+    lanes, entered = Lanes((1, 1, 1, 3), (1, 1, 1), torch.device("cpu")), threading.Event()
+
+    def enter() -> None:
+        with lanes.lane():
+            entered.set()
+
+    with ThreadPoolExecutor(1) as executor:
+        with lanes.lane():
+            executor.submit(enter)
+            assert not entered.wait(0.05)
+        assert entered.wait(10)
