@@ -1,0 +1,74 @@
+"""`make bench` is honest: everybody makes the same tokens of the same pixels, and what is measured is really taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from peers_hosts import Measured
+from peers_ours import stages_alone, without_ray
+from peers_report import as_json, as_text
+from peers_scripts import data_loader, plain_loop
+from peers_usage import Meter
+from peers_workloads import ROWS, Ran, Row, Work, make_shards
+
+NUM_IMAGES, PER_SHARD = 64, 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, NUM_IMAGES, PER_SHARD)
+    return tuple(sorted(str(path) for path in folder.iterdir()))
+
+
+def tokens_of(peer: Callable[[Work], Ran], row: Row, shards: tuple[str, ...], output: Path) -> dict[str, bytes]:
+    """Key -> tokens, as the peer wrote them."""
+    peer(Work(row, shards, str(output), ""))
+    rows = [
+        row for path in output.rglob("*.parquet") for row in pq.ParquetFile(path).read(["key", "tokens"]).to_pylist()
+    ]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: np.array(row["tokens"], np.int32).tobytes() for row in rows}
+
+
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[3]], ids=lambda row: row.name)
+def test_scripts_and_engine_make_the_same_tokens(row: Row, shards: tuple[str, ...], tmp_path: Path) -> None:
+    ours = tokens_of(without_ray, row, shards, tmp_path / "ours")
+    assert len(ours) == NUM_IMAGES and len(set(ours.values())) == NUM_IMAGES
+    assert tokens_of(plain_loop, row, shards, tmp_path / "plain") == ours
+    assert tokens_of(data_loader, row, shards, tmp_path / "loader") == ours
+
+
+def test_the_stages_are_measured_and_bound_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
+    stages = stages_alone(Work(ROWS[0], shards, str(tmp_path / "out"), "")).stages
+    assert stages is not None and stages["decode_s"] > stages["write_s"] > 0
+    ours = Measured(1000, 2.0, 0.5, 4.0, 0.1, 300_000_000)
+    runs = {
+        "stages": [Measured(64, 1.0, 0.0, 1.0, 0.0, 0, stages)],
+        "plain": [Measured(500, 2.0, 0, 2.0, 0, 1)],
+        "ours": [ours],
+    }
+    report = as_json({ROWS[0]: runs}, {"plain": "plain loop", "ours": "ours on Ray"}, 0.02)
+    (row,) = report["rows"]
+    assert row["ratios"]["ours / plain"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+    assert row["peers"][1]["cpu_ms_per_image"]["median"] == 4.0
+    assert "plain loop" in as_text(report)
+
+
+def test_the_meter_sees_children_that_come_and_go() -> None:
+    burn = "import time\nwhile time.process_time() < 0.6: pass"
+    with Meter(os.getpid()) as meter:
+        begun = time.process_time()
+        subprocess.run([sys.executable, "-c", burn], check=True)
+        here = time.process_time() - begun
+    assert 0.55 < meter.cpu_s() - here < 1.2
+    assert meter.peak_bytes > 10_000_000
