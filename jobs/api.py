@@ -29,14 +29,15 @@ def load_tokenizer(
     url: str,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     batch_size: int = 32,
     threads: int = 1,
+    compile: bool = False,
 ) -> Tokenizer:
     """The tokenizer of a checkpoint, or of a training output's finished model. Raises CheckpointNotFound, or
     ModelError when what is there is damaged."""
     head = read_head(url)
-    source = TokenizerSource(head.url, device, precision, batch_size, threads)
+    source = TokenizerSource(head.url, device, precision, batch_size, threads, compile)
     return Tokenizer(source.load())
 
 

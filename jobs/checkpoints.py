@@ -82,13 +82,14 @@ class TokenizerSource:
     precision: str
     batch_size: int
     threads: int
+    compile: bool = False
 
     def numerics(self) -> dict[str, Any]:
         """As DVAETokenizer.numerics, known before anything is loaded."""
         return {
             "device": self.device,
             "precision": self.precision,
-            "compiled": False,
+            "compiled": self.compile,
             "batch_size": self.batch_size,
             "threads": self.threads,
         }
@@ -104,4 +105,5 @@ class TokenizerSource:
             precision=self.precision,  # type: ignore[arg-type]  # checked by TokenizeConfig
             batch_size=self.batch_size,
             threads=self.threads,
+            compile=self.compile,
         )

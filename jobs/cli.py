@@ -145,6 +145,24 @@ def show(
 
 
 @app.command()
+def precision(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
+    shards: Annotated[list[str], typer.Argument(help="shards, as in dvae tokenize: some of their images are encoded")],
+    images: Annotated[int, typer.Option(help="how many", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="as in dvae tokenize", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="as in dvae tokenize", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="leave the compiled variants out")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Speed of each precision on this machine, and how many tokens differ from those of fp32."""
+    from jobs.precision import PrecisionSettings, run_precision
+
+    settings = PrecisionSettings(images, batch_size, threads, device, compile=not no_compile)
+    return run_precision(checkpoint, shards, settings, as_json=as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[str | None, typer.Option("--dir", help="where everything lands")] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="on a Ray cluster and an S3 server of its own")] = False,

@@ -43,7 +43,8 @@ class TokenizeConfig(Section):
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     require_end_marker: bool = True
     batch_size: Count = 64
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     threads: Count = 1
     accept_numerics: bool = False
     max_failed_samples: Share = 0.05
@@ -59,6 +60,12 @@ class TokenizeConfig(Section):
         if url.startswith("memory://"):
             raise ValueError("memory:// is a store of one process: parts of other actors would be lost, take a folder")
         return url
+
+    @model_validator(mode="after")
+    def _fp16_has_gpus(self) -> TokenizeConfig:
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision fp16 needs GPUs: set ray.gpus_per_actor=1, or take bf16 or fp32")
+        return self
 
     @model_validator(mode="after")
     def _columns_are_good(self) -> TokenizeConfig:

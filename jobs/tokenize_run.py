@@ -30,7 +30,9 @@ class TokenizeRun:
         """Reads the checkpoint's head. Raises CheckpointNotFound, ModelError."""
         head = read_head(config.checkpoint)
         table = TableSpec(head.tokenizer_id, head.grid, head.codebook_size, head.image_spec, config.columns())
-        source = TokenizerSource(head.url, config.device, config.precision, config.batch_size, config.threads)
+        source = TokenizerSource(
+            head.url, config.device, config.precision, config.batch_size, config.threads, config.compile
+        )
         return cls(config, OutputPrefix(storage.normalize(config.output)), table, source)
 
     def description(self) -> RunDescription:

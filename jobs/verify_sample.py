@@ -74,7 +74,9 @@ def sample_source(run: dict[str, Any], settings: SampleSettings) -> TokenizerSou
     try:
         used = run["numerics"][-1]  # what was used last, where another was accepted meanwhile
         device = settings.device or used["device"]
-        return TokenizerSource(head.url, device, used["precision"], used["batch_size"], used["threads"])
+        return TokenizerSource(
+            head.url, device, used["precision"], used["batch_size"], used["threads"], used.get("compiled", False)
+        )
     except (KeyError, IndexError) as error:
         raise RunMismatch(f"run.json does not say how the tokens were computed: no {error} in numerics") from error
 

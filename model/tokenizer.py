@@ -68,6 +68,11 @@ class DVAETokenizer:
             "threads": self._threads,
         }
 
+    @property
+    def device_name(self) -> str | None:
+        """What the CUDA device calls itself; None on a CPU."""
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else None
+
     def encode(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.int32]:
         """uint8 (B, size, size, 3) → int32 (B, H, W), each in [0, codebook_size). The pixels may be read-only."""
         self._check_pixels(pixels_BHWC)

@@ -112,7 +112,7 @@ def test_the_shipped_files_defaults_are_the_codes_own() -> None:
 def test_every_problem_is_reported_at_once_with_field_value_and_rule(file: Path) -> None:
     message = said(
         file,
-        "shards: s\noutput: o\nbatchsize: 3\nprecision: fp16\nmax_failed_samples: 2\nray: {num_actor: 3}\n",
+        "shards: s\noutput: o\nbatchsize: 3\nprecision: int8\nmax_failed_samples: 2\nray: {num_actor: 3}\n",
         "attempts=0",
         "ray.wait_s=soon",
     )
@@ -120,7 +120,7 @@ def test_every_problem_is_reported_at_once_with_field_value_and_rule(file: Path)
     for problem in (
         "checkpoint: is missing",
         "batchsize: unknown key; did you mean batch_size?",
-        "precision: Input should be 'fp32' or 'bf16' (got 'fp16')",
+        "precision: Input should be 'fp32', 'bf16' or 'fp16' (got 'int8')",
         "max_failed_samples: Input should be less than or equal to 1 (got 2)",
         "ray.num_actor: unknown key; did you mean ray.num_actors?",
         "ray.wait_s: Input should be a valid number, unable to parse string as a number (got 'soon')",

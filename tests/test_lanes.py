@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from model.checkpoint import Checkpoint, tokenizer_id
 from model.config import DVAEConfig
 from model.dvae import seeded_dvae
-from model.lanes import Lane, Lanes, exact
+from model.lanes import CudaLane, Lane, Lanes, exact
 from model.tokenizer import DVAETokenizer
 
 CONFIG = DVAEConfig(codebook_size=64, width=8, blocks_per_group=1, decoder_init=8, stem="strided")
@@ -111,3 +114,56 @@ def test_who_finds_all_lanes_taken_waits_for_one():
             executor.submit(enter)
             assert not entered.wait(0.05)
         assert entered.wait(10)
+
+
+class _Recorded:
+    """torch.cuda's streams and events on the CPU: nothing runs later, but the order is written down."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.names = (f"stream {n}" for n in range(9))
+        recorded, zeros = self, torch.zeros
+
+        class Stream:
+            def __init__(self, device: object = None) -> None:
+                self.name = next(recorded.names)
+
+            def wait_stream(self, other: Stream) -> None:
+                recorded.log.append(f"{self.name} waits for {other.name}")
+
+        class Event:
+            def __init__(self, blocking: bool) -> None:
+                assert blocking
+
+            def record(self) -> None:
+                recorded.log.append("record")
+
+            def synchronize(self) -> None:
+                assert torch.get_float32_matmul_precision() == "high", "waiting holds nobody's settings"
+                recorded.log.append("synchronize")
+
+        @contextmanager
+        def stream(one: Stream) -> Iterator[None]:
+            recorded.log.append(f"on {one.name}")
+            yield
+
+        fake = SimpleNamespace(Stream=Stream, Event=Event, stream=stream, current_stream=lambda device: default)
+        default = Stream()
+        monkeypatch.setattr(torch, "cuda", fake)
+        monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+
+
+def test_on_cuda_the_copy_has_a_stream_of_its_own_and_all_lanes_compute_on_one(monkeypatch):
+    recorded = _Recorded(monkeypatch)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    device = torch.device("cpu")
+    compute = torch.cuda.Stream(device)
+    lanes = [CudaLane((2, 2, 2, 3), (2, 1, 1), device, compute) for _ in range(2)]
+    recorded.log.clear()
+    for value, lane in enumerate(lanes, start=7):
+        lane.fill(np.full((1, 2, 2, 3), value, np.uint8))
+        lane.launch(lambda pixels_bHWC: pixels_bHWC.amax(dim=(1, 2, 3)).int().view(2, 1, 1))
+    launched = [(f"on stream {n}", f"stream 1 waits for stream {n}", "on stream 1", "record") for n in (2, 3)]
+    assert recorded.log == [*launched[0], *launched[1]]
+    assert [lane.tokens().reshape(-1).tolist() for lane in lanes] == [[7, 0], [8, 0]]
+    assert recorded.log[-2:] == ["synchronize"] * 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import check
+from jobs.config import ConfigError, check
 from jobs.tokenize_config import TokenizeConfig
 
 VALUES = {
@@ -49,3 +49,10 @@ def test_no_credentials_and_no_query_strings_are_stored(field: str, value: objec
     stored = json.dumps(check(TokenizeConfig, {**VALUES, field: value}, "test").public_settings())
     assert "SECRET" not in stored
     assert "://" in json.dumps(json.loads(stored)[field])
+
+
+def test_fp16_without_a_gpu_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs GPUs"):
+        check(TokenizeConfig, {**VALUES, "precision": "fp16"}, "test")
+    config = check(TokenizeConfig, {**VALUES, "precision": "fp16", "ray": {"gpus_per_actor": 1}}, "test")
+    assert (config.precision, config.compile) == ("fp16", False)
