@@ -1,6 +1,8 @@
 """The pool of tokenising actors: hand out shards, judge what became of each call, stop the hung.
 
-dispatch.py decides who gets what, pace.py what is late, slots.py starts and replaces actors, ray_actors.py is Ray.
+dispatch.py decides who gets what, pace.py what is late, slots.py starts and replaces actors, calls.py keeps who is at
+what, ray_actors.py is Ray. What is done for each shard costs the same however many actors there are; what looks at all
+of them is done by the clock.
 """
 
 from __future__ import annotations
@@ -8,16 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
+from jobs.calls import Call, Calls
 from jobs.dispatch import Dispatch, GivenUp, Work
 from jobs.pace import Pace
 from jobs.pool_settings import PoolSettings
 from jobs.ray_actors import Died, Outcome, Raised, Unreachable
 from jobs.slots import Slot, Slots, Starter, State
 from jobs.tokenize_actor import SignOfLife
-from jobs.waiting import Waiting
+from jobs.waiting import Every, Waiting
 from model.config import ModelError
 from pipeline import storage
 from pipeline.errors import PipelineError, PublishFailed, ShardError, StorageError
@@ -27,7 +30,9 @@ from pipeline.stage_times import StageTimes
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
-ASK_FOR_DRAINING_EVERY_S = 2.0
+LOOK_EVERY_S = 1.0  # at all actors: who hangs, who is late, who is to leave
+ASK_EVERY_S = 2.0  # which nodes are about to go
+GROW_EVERY_S = 10.0
 LAST_WORDS_S = 5.0  # how long to wait for killed actors to be gone
 _REASONS = {
     "truncated": FailureReason.SHARD_TRUNCATED,
@@ -45,23 +50,8 @@ class Actors(Starter, Protocol):
     def wait(self, calls: Collection[Any], timeout_s: float) -> list[Any]: ...
     def outcome(self, call: Any) -> Outcome: ...
     def draining_nodes(self) -> Collection[str]: ...
+    def fitting(self) -> int: ...
     def resources(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Made at `began`; `work` is None in a load, a ping or a watch. An actor waits `delay_s` before it begins."""
-
-    slot: Slot
-    actor: Any
-    began: float
-    work: Work | None = None
-    delay_s: float = 0.0
-
-    @property
-    def is_current(self) -> bool:
-        """Not one of an actor that was replaced since."""
-        return self.actor is self.slot.actor
 
 
 class ActorPool:
@@ -73,10 +63,12 @@ class ActorPool:
         self._slots = Slots(settings.num_actors, actors, now)
         self._pace = Pace(settings.shard_deadline_s)
         self._waiting = Waiting(settings, now, actors.resources)
-        self._calls: dict[Any, _Call] = {}
         self.times = StageTimes()  # of all actors, in all runs
+        self._calls = Calls()
+        self._roomy: dict[str, Slot] = {}  # those that may have room for a shard, by name
         self._ever_ready = False
-        self._asked_for_draining = now()
+        self._look, self._ask = Every(LOOK_EVERY_S, now), Every(ASK_EVERY_S, now)
+        self._grow = Every(GROW_EVERY_S, now)
 
     def __enter__(self) -> ActorPool:
         self._act()
@@ -89,70 +81,83 @@ class ActorPool:
                 self._actors.kill(slot.actor)
         until = self._now() + LAST_WORDS_S
         while self._calls and self._now() < until:
-            for ref in self._actors.wait(list(self._calls), POLL_S):
-                del self._calls[ref]
+            for ref in self._actors.wait(self._calls.refs(), POLL_S):
+                self._calls.pop(ref)
 
     def run(self, dispatch: Dispatch, check: Callable[[], None] = lambda: None) -> Iterator[ShardResult | GivenUp]:
         """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, what the
         tokenizer's loading raises, and what `check` raises, which is called before anything is handed out."""
-        self._dispatch = dispatch
+        self._dispatch, self._roomy = dispatch, {slot.name: slot for slot in self._slots}
         while not self._dispatch.finished:
             check()
             self._act()
             self._hand_out()
-            for ref in self._actors.wait(list(self._calls), POLL_S):
+            for ref in self._actors.wait(self._calls.refs(), POLL_S):
                 yield from self._hear(self._calls.pop(ref), self._actors.outcome(ref))
-            yield from self._stop_hung()
-            yield from self._leave_draining_nodes()
-            self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
+            if self._look.is_due():
+                yield from self._look_at_all()
 
     def _act(self) -> None:
-        for slot, ref in self._slots.act():
-            self._calls[ref] = _Call(slot, slot.actor, self._now())
+        if self._now() >= self._slots.due_at:
+            for slot, ref in self._slots.act():
+                self._calls.add(ref, Call(slot, slot.actor, self._now()))
+
+    def _look_at_all(self) -> Iterator[GivenUp]:
+        yield from self._stop_hung()
+        yield from self._leave_draining_nodes()
+        self._help_stragglers()
+        if self._settings.elastic and self._grow.is_due():
+            self._slots.grow(self._actors.fitting(), self._dispatch.num_waiting)
+        self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
 
     def _hand_out(self) -> None:
-        free, given = self._free_slots(), True
-        while given:  # a shard to each actor in turn, so that few shards spread over all
+        """A shard to each actor in turn, so that few shards spread over all."""
+        given = True
+        while given and not self._dispatch.nothing_waits:
             given = False
-            for slot in free:
-                if (work := self._dispatch.next_for(slot.name)) is not None:
+            for slot in tuple(self._roomy.values()):
+                if not self._is_free(slot):
+                    del self._roomy[slot.name]  # until its next call ends
+                elif (work := self._dispatch.next_for(slot.name)) is not None:
                     self._give(slot, work, self._pause_s(work))
                     given = True
-        for slot in free if self._dispatch.nothing_waits and (stragglers := self._stragglers()) else ():
+
+    def _is_free(self, slot: Slot) -> bool:
+        """An actor that is still at work on what nobody waits for gets nothing more: it may hang on it."""
+        ready = slot.state is State.READY and not slot.leaving and self._dispatch.has_room(slot.name)
+        return ready and all(map(self._is_awaited, self._calls.shards_of(slot)))
+
+    def _help_stragglers(self) -> None:
+        if not self._dispatch.nothing_waits or not (stragglers := self._stragglers()):
+            return
+        for slot in filter(self._is_free, self._slots):
             if (work := self._dispatch.second_for(slot.name, stragglers)) is not None:
                 log.info("%s takes long: %s tries it too", _shown(work), slot.name)
                 self._give(slot, work, 0.0)
 
     def _give(self, slot: Slot, work: Work, delay_s: float) -> None:
         ref = self._actors.tokenize(slot.actor, work.task, delay_s)
-        self._calls[ref] = _Call(slot, slot.actor, self._now(), work, delay_s)
+        self._calls.add(ref, Call(slot, slot.actor, self._now(), work, delay_s))
 
     def _pause_s(self, work: Work) -> float:
         return self._settings.retry_pause_s * 2 ** (work.charged - 1) if work.charged else 0.0
 
-    def _free_slots(self) -> list[Slot]:
-        """An actor that is still at work on what nobody waits for gets nothing more: it may hang on it."""
-        wasting = {call.slot.name for call in self._shard_calls() if not self._is_awaited(call)}
-        return [slot for slot in self._slots.ready() if slot.name not in wasting]
-
-    def _shard_calls(self) -> list[_Call]:
-        return [call for call in self._calls.values() if call.work is not None and call.is_current]
-
-    def _is_awaited(self, call: _Call) -> bool:
+    def _is_awaited(self, call: Call) -> bool:
         """Not when the shard was finished elsewhere, or went back to the queue."""
         return call.work is not None and call.is_current and self._dispatch.holds(call.slot.name, call.work)
 
     def _stragglers(self) -> list[Work]:
         """The oldest first."""
-        calls = sorted(filter(self._is_awaited, self._shard_calls()), key=lambda call: call.began)
+        calls = sorted(filter(self._is_awaited, self._calls.shards()), key=lambda call: call.began)
         return [c.work for c in calls if c.work is not None and self._age_s(c) > self._pace.late_s(_size(c.work))]
 
-    def _age_s(self, call: _Call) -> float:
+    def _age_s(self, call: Call) -> float:
         return self._now() - call.began - call.delay_s
 
-    def _hear(self, call: _Call, outcome: Outcome) -> Iterator[ShardResult | GivenUp]:
+    def _hear(self, call: Call, outcome: Outcome) -> Iterator[ShardResult | GivenUp]:
         if not call.is_current:
             return  # the last words of an actor that was replaced
+        self._roomy[call.slot.name] = call.slot
         if isinstance(outcome, Raised):
             yield from self._raised(call, outcome.error)
         elif isinstance(outcome, Died):
@@ -167,7 +172,7 @@ class ActorPool:
         else:
             yield from self._shows_life(call.slot, outcome.value)
 
-    def _finished(self, call: _Call, result: ShardResult) -> Iterator[ShardResult]:
+    def _finished(self, call: Call, result: ShardResult) -> Iterator[ShardResult]:
         if call.work is not None and self._is_awaited(call):
             call.slot.deaths = 0
             self._pace.note(_size(call.work), self._age_s(call))
@@ -182,7 +187,7 @@ class ActorPool:
         else:  # what it was at when it went away is done elsewhere by now
             yield from self._lost(slot, "it was away, and is still busy", blameless=True)
 
-    def _raised(self, call: _Call, error: Exception) -> Iterator[GivenUp]:
+    def _raised(self, call: Call, error: Exception) -> Iterator[GivenUp]:
         """A shard or the store at fault is a failed attempt; anything else puts the actor itself in doubt (a CUDA
         error sticks to its process), so it is replaced, and its shards are tried again alone."""
         message = storage.public_text(f"{type(error).__name__}: {error}")
@@ -214,21 +219,20 @@ class ActorPool:
 
     def _stop_hung(self) -> Iterator[GivenUp]:
         """Kill an actor that holds a shard past its deadline; the hung shard is charged, its neighbours are not."""
-        hung = [call for call in self._shard_calls() if self._age_s(call) > self._deadline_s(call)]
+        hung = [call for call in self._calls.shards() if self._age_s(call) > self._deadline_s(call)]
         for slot in {call.slot.name: call.slot for call in hung}.values():
             calls = [call for call in hung if call.slot is slot]
             culprits = [call.work for call in calls if call.work is not None and self._is_awaited(call)]
             message = f"no result after {self._age_s(calls[0]):.0f} s"
             yield from self._lost(slot, message, culprits, blameless=not culprits)
 
-    def _deadline_s(self, call: _Call) -> float:
+    def _deadline_s(self, call: Call) -> float:
         assert call.work is not None
         return self._pace.deadline_s(_size(call.work), call.work.charged)
 
     def _leave_draining_nodes(self) -> Iterator[GivenUp]:
         """Actors there get nothing new, finish what they hold, and are started again elsewhere."""
-        if self._now() - self._asked_for_draining > ASK_FOR_DRAINING_EVERY_S:
-            self._asked_for_draining = self._now()
+        if self._ask.is_due():
             self._slots.leave(self._actors.draining_nodes())
         for slot in self._slots:
             if slot.leaving and slot.state is State.READY and not self._dispatch.held_by(slot.name):

@@ -10,7 +10,7 @@ the shard, what befalls it at the other is of no account.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.plan import ShardTask
@@ -42,24 +42,35 @@ class GivenUp:
 class Dispatch:
     """The queue, and who holds what. Actors are known by any hashable name."""
 
-    def __init__(self, tasks: Iterable[ShardTask], *, attempts: int, in_flight_limit: int) -> None:
-        self._queue = deque(Work(task) for task in tasks)
+    def __init__(self, tasks: Sequence[ShardTask], *, attempts: int, in_flight_limit: int) -> None:
+        self._tasks, self._next = tasks, 0  # a Work is made when a task's turn comes: there may be a million
+        self._first: deque[Work] = deque()  # before the tasks that were never tried
+        self._last: deque[Work] = deque()  # after them
         self._suspects: deque[Work] = deque()
         self._attempts, self._limit = attempts, in_flight_limit
-        self._held: dict[str, list[Work]] = {}
+        self._held: dict[str, list[Work]] = {}  # of actors that hold something
         self._draining: str | None = None  # this actor gets nothing new until it is idle and takes a suspect
         self._tickets = 0
-        self._held_twice: set[str] = set()  # parts whose shard two actors hold
+        self._holders: dict[str, list[str]] = {}  # of shards that two actors hold, by part
         self._handed_twice: set[str] = set()  # parts; once in a run, or a poison shard might go round for ever
 
     @property
     def finished(self) -> bool:
-        return self.nothing_waits and not any(self._held.values())
+        return self.nothing_waits and not self._held
 
     @property
     def nothing_waits(self) -> bool:
         """All that is left is held."""
-        return not self._queue and not self._suspects
+        return self.num_waiting == 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._tasks) - self._next + len(self._first) + len(self._last) + len(self._suspects)
+
+    def has_room(self, actor: str) -> bool:
+        """It might get another shard, if there is one for it."""
+        held = self._held.get(actor, ())
+        return len(held) < self._limit and not any(work.alone for work in held)
 
     def holds(self, actor: str, work: Work) -> bool:
         return work in self._held.get(actor, ())
@@ -69,24 +80,30 @@ class Dispatch:
 
     def next_for(self, actor: str) -> Work | None:
         """The next shard for this actor, which then holds it; None when it should get nothing now."""
-        held = self._held.setdefault(actor, [])
-        if any(work.alone for work in held) or len(held) >= self._limit:
+        if not self.has_room(actor):
             return None
-        if self._suspects and self._may_take_suspect(actor, busy=bool(held)):
+        if self._suspects and self._may_take_suspect(actor, busy=actor in self._held):
             return self._hold(actor, self._suspects.popleft())
-        if self._draining == actor or not self._queue:
-            return None
-        return self._hold(actor, self._queue.popleft())
+        work = None if self._draining == actor else self._next_innocent()
+        return None if work is None else self._hold(actor, work)
+
+    def _next_innocent(self) -> Work | None:
+        """The first of those that are no suspects."""
+        if not self._first and self._next < len(self._tasks):
+            self._next += 1
+            return Work(self._tasks[self._next - 1])
+        queue = self._first or self._last
+        return queue.popleft() if queue else None
 
     def second_for(self, actor: str, stragglers: Iterable[Work]) -> Work | None:
         """One of these shards that others hold, for an actor that has nothing to do when nothing else is left. Not
         a suspect: it might take a second actor with it."""
-        if not self.nothing_waits or self._held.get(actor):
+        if not self.nothing_waits or actor in self._held:
             return None
         for work in stragglers:
             if not work.alone and work.task.part not in self._handed_twice:
                 self._handed_twice.add(work.task.part)
-                self._held_twice.add(work.task.part)
+                self._holders[work.task.part] = [*self._at(work.task.part), actor]
                 return self._hold(actor, work)
         return None
 
@@ -104,17 +121,26 @@ class Dispatch:
         return work
 
     def done(self, actor: str, work: Work) -> None:
-        self._held[actor].remove(work)
-        if self._has_second_holder(work):
-            for held in self._held.values():
-                held[:] = [other for other in held if other.task.part != work.task.part]
+        holders = self._holders.pop(work.task.part, (actor,))
+        for holder in holders:
+            self._let_go(holder, work.task.part)
 
     def failed(self, actor: str, work: Work, reason: FailureReason, message: str) -> GivenUp | None:
         """The shard itself failed while its actor lives: charge it, and try again behind the others."""
-        self._held[actor].remove(work)
+        self._let_go(actor, work.task.part)
         if self._has_second_holder(work):
             return None
-        return self._charge(work, reason, message, self._suspects if work.alone else self._queue)
+        return self._charge(work, reason, message, self._suspects if work.alone else self._last)
+
+    def _at(self, part: str) -> list[str]:
+        return [actor for actor, held in self._held.items() if any(work.task.part == part for work in held)]
+
+    def _let_go(self, actor: str, part: str) -> None:
+        left = [work for work in self._held[actor] if work.task.part != part]
+        if left:
+            self._held[actor] = left
+        else:
+            del self._held[actor]
 
     def actor_lost(
         self, actor: str, reason: FailureReason, message: str, culprits: Iterable[Work] = ()
@@ -144,9 +170,7 @@ class Dispatch:
 
     def _has_second_holder(self, work: Work) -> bool:
         """Asked when one has let go of it, so that from now on there is one at most."""
-        twice = work.task.part in self._held_twice
-        self._held_twice.discard(work.task.part)
-        return twice
+        return self._holders.pop(work.task.part, None) is not None
 
     def _charge(self, work: Work, reason: FailureReason, message: str, queue: deque[Work]) -> GivenUp | None:
         work = replace(work, charged=work.charged + 1)
@@ -162,5 +186,5 @@ class Dispatch:
         if work.alone:
             self._suspects.append(work)
         else:
-            self._queue.appendleft(work)
+            self._first.appendleft(work)
         return None

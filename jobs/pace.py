@@ -15,7 +15,7 @@ LATE_FACTOR = 4.0  # times the median seen
 REMEMBERED = 500  # shards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Seen:
     size_bytes: int
     seconds: float
@@ -32,14 +32,20 @@ class Pace:
         self._largest_bytes = 0
         self._typical_bytes = 0.0
         self._median = self._slowest = math.nan  # seconds per byte
+        self._is_stale = False  # something was noted that these do not know yet
 
     def note(self, size_bytes: int, seconds: float) -> None:
         """A shard was finished in so many seconds."""
         self._seen.append(_Seen(size_bytes, seconds))
         self._largest_bytes = max(self._largest_bytes, size_bytes)
-        self._typical_bytes = max(1.0, statistics.median(one.size_bytes for one in self._seen))
-        costs = [one.seconds / self._weight(one.size_bytes) for one in self._seen]
-        self._median, self._slowest = statistics.median(costs), max(costs)
+        self._is_stale = True
+
+    def _learn(self) -> None:
+        """When asked, not with each shard that is noted: it sorts all that is remembered."""
+        if self._is_stale:
+            self._typical_bytes = max(1.0, statistics.median(one.size_bytes for one in self._seen))
+            costs = [one.seconds / self._weight(one.size_bytes) for one in self._seen]
+            self._median, self._slowest, self._is_stale = statistics.median(costs), max(costs), False
 
     def _weight(self, size_bytes: int) -> float:
         """A small shard counts as a typical one: what it takes is not for its bytes."""
@@ -52,6 +58,7 @@ class Pace:
             return self._fixed_s
         if not self._seen:
             return FIRST_DEADLINE_S * 2.0**attempt
+        self._learn()
         least_s = LEAST_DEADLINE_S if size_bytes <= self._largest_bytes else FIRST_DEADLINE_S
         return max(least_s, DEADLINE_FACTOR * self._slowest * self._weight(size_bytes)) * 2.0**attempt
 
@@ -59,4 +66,5 @@ class Pace:
         """Infinite as long as nothing is known."""
         if not self._seen:
             return math.inf
+        self._learn()
         return max(LEAST_LATE_S, LATE_FACTOR * self._median * self._weight(size_bytes))

@@ -22,21 +22,30 @@ class PoolSettings:
     wait_s: float
     shard_deadline_s: float | None  # None: derived from what was seen
     retry_pause_s: float
+    elastic: bool = False  # more actors when the cluster has more room
 
 
 def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
     """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for)."""
-    settings, cluster = config.ray, ray.cluster_resources()
-    per_actor = {"GPU": settings.gpus_per_actor, "CPU": settings.cpus_per_actor}
-    name = "GPU" if settings.gpus_per_actor else "CPU"
-    fitting = int(cluster.get(name, 0) / per_actor[name]) if per_actor[name] else 1
-    if not fitting and not settings.num_actors:
-        log.warning("the cluster has no %s yet: one actor is asked for; ray.num_actors asks for more", name)
-    num_actors = settings.num_actors or max(1, min(fitting, num_shards))
+    settings = config.ray
+    num_actors = settings.num_actors or _fitting(settings.gpus_per_actor, settings.cpus_per_actor, num_shards)
     return PoolSettings(
         num_actors, settings.gpus_per_actor, settings.cpus_per_actor, settings.shards_in_flight, settings.wait_s,
-        config.shard_deadline_s, config.retry_pause_s,
+        config.shard_deadline_s, config.retry_pause_s, elastic=settings.num_actors is None,
     )  # fmt: skip
+
+
+def _fitting(gpus_per_actor: float, cpus_per_actor: float, num_shards: int) -> int:
+    fitting = fitting_actors(gpus_per_actor, cpus_per_actor)
+    if not fitting:
+        log.warning("the cluster has no %s yet: one actor is asked for", "GPU" if gpus_per_actor else "CPU")
+    return max(1, min(fitting, num_shards))
+
+
+def fitting_actors(gpus_per_actor: float, cpus_per_actor: float) -> int:
+    """How many the cluster has room for now: by its GPUs, or by its CPUs where an actor takes no GPU."""
+    name, each = ("GPU", gpus_per_actor) if gpus_per_actor else ("CPU", cpus_per_actor)
+    return int(ray.cluster_resources().get(name, 0) / each) if each else 1
 
 
 def decode_threads(config: TokenizeConfig, num_actors: int) -> int:

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from jobs.cluster import describe_resources, draining_nodes
-from jobs.pool_settings import PoolSettings
+from jobs.pool_settings import PoolSettings, fitting_actors
 from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor, Tokenized
 from pipeline.plan import ShardTask
 from pipeline.records import ShardResult
@@ -57,7 +57,7 @@ class RayActors:
     """Makes, calls, hears and kills actors. An actor and a call are handles that only this class looks into."""
 
     def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings) -> None:
-        self._arguments = (source, job)
+        self._arguments, self._settings = (source, job), settings
         self._class = ray.remote(
             num_gpus=settings.gpus_per_actor,
             num_cpus=settings.cpus_per_actor,
@@ -83,11 +83,13 @@ class RayActors:
         ray.kill(actor)
 
     def wait(self, calls: Collection[Any], timeout_s: float) -> list[Any]:
-        """Those that have an outcome, as soon as there is one, or when the time is up."""
+        """All that have an outcome, as soon as there is one, or when the time is up."""
         if not calls:  # every slot pauses before its next start
             time.sleep(timeout_s)
             return []
-        done, _ = ray.wait(list(calls), timeout=timeout_s)
+        done, open_calls = ray.wait(list(calls), timeout=timeout_s)
+        if done and open_calls:  # each wait looks at all of them: rather one more than one for each that is done
+            done += ray.wait(open_calls, num_returns=len(open_calls), timeout=0)[0]
         return list(done)
 
     def outcome(self, call: Any) -> Outcome:
@@ -103,6 +105,9 @@ class RayActors:
 
     def draining_nodes(self) -> Collection[str]:
         return draining_nodes()
+
+    def fitting(self) -> int:
+        return fitting_actors(self._settings.gpus_per_actor, self._settings.cpus_per_actor)
 
     def resources(self) -> str:
         return describe_resources()

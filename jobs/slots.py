@@ -52,22 +52,33 @@ class Slots:
 
     def __init__(self, number: int, actors: Starter, now: Callable[[], float]) -> None:
         self._slots = [Slot(f"actor-{n}") for n in range(number)]
-        self._actors, self._now = actors, now
+        self._actors, self._now, self._num_made = actors, now, number
+        self.due_at = -math.inf  # when `act` has something to do
         self.last_loss = ""  # why
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(tuple(self._slots))
 
-    def ready(self) -> list[Slot]:
-        """Those that may be given work."""
-        return [slot for slot in self._slots if slot.state is State.READY and not slot.leaving]
-
-    def act(self) -> Iterator[tuple[Slot, Any]]:
+    def act(self) -> list[tuple[Slot, Any]]:
         """Start, probe and watch what is due; the slots, each with its call."""
-        for slot in self:
-            if self._now() >= slot.act_at:
-                slot.act_at = math.inf
-                yield slot, self._call(slot)
+        due = [slot for slot in self._slots if self._now() >= slot.act_at]
+        for slot in due:
+            slot.act_at = math.inf
+        self.due_at = min((slot.act_at for slot in self._slots), default=math.inf)
+        return [(slot, self._call(slot)) for slot in due]
+
+    def grow(self, fitting: int, at_most: int) -> None:
+        """To as many as fit on the cluster now, if those are more; one that was given up is not made again."""
+        number = min(fitting - self._num_made, at_most)
+        if number > 0:
+            log.info("the cluster has room for %d more actors: they are asked for", number)
+            self._slots += [Slot(f"actor-{self._num_made + n}") for n in range(number)]
+            self._num_made += number
+            self.due_at = -math.inf
+
+    def _act_at(self, slot: Slot, when: float) -> None:
+        slot.act_at = when
+        self.due_at = min(self.due_at, when)
 
     def _call(self, slot: Slot) -> Any:
         if slot.state is State.READY:
@@ -79,12 +90,14 @@ class Slots:
         return self._actors.load(slot.actor)
 
     def answered(self, slot: Slot, node: str) -> None:
-        slot.state, slot.node, slot.has_loaded, slot.act_at = State.READY, node, True, self._now()
+        slot.state, slot.node, slot.has_loaded = State.READY, node, True
+        self._act_at(slot, self._now())
 
     def away(self, slot: Slot, message: str) -> None:
         if slot.state is not State.AWAY:
             log.warning("%s cannot be reached: %s", slot.name, message)
-        slot.state, slot.act_at = State.AWAY, self._now() + PROBE_EVERY_S
+        slot.state = State.AWAY
+        self._act_at(slot, self._now() + PROBE_EVERY_S)
 
     def leave(self, nodes: Collection[str]) -> None:
         """These nodes are about to go."""
@@ -100,7 +113,7 @@ class Slots:
         slot.failed_starts += slot.state is State.STARTING and not blameless
         slot.deaths += not blameless
         slot.actor, slot.state, slot.leaving = None, State.EMPTY, False  # None: its last words are not heard
-        slot.act_at = self._now() + (0.0 if blameless else _pause_s(slot.deaths))
+        self._act_at(slot, self._now() + (0.0 if blameless else _pause_s(slot.deaths)))
         if slot.failed_starts >= MAX_FAILED_STARTS and not slot.has_loaded:
             self._retire(slot, message)
 

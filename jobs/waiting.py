@@ -1,4 +1,4 @@
-"""Says what is waited for while no actor is there, and gives up after a stated time."""
+"""What goes by the clock: what is done now and then only, and how long is waited for an actor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,23 @@ log = logging.getLogger(__name__)
 SAY_EVERY_S = 10.0
 
 
+class Every:
+    """`is_due` at most once in so many seconds. `now` is the clock."""
+
+    def __init__(self, seconds: float, now: Callable[[], float]) -> None:
+        self._seconds, self._now, self._last = seconds, now, now()
+
+    def is_due(self) -> bool:
+        now = self._now()
+        due = now - self._last >= self._seconds
+        if due:
+            self._last = now
+        return due
+
+
 class Waiting:
-    """`now` is the clock, in seconds; `resources` says what the cluster has."""
+    """Says what is waited for while no actor is there, and gives up after a stated time. `now` is the clock, in
+    seconds; `resources` says what the cluster has."""
 
     def __init__(self, settings: PoolSettings, now: Callable[[], float], resources: Callable[[], str]) -> None:
         self._settings, self._now, self._resources = settings, now, resources

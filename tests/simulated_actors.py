@@ -62,6 +62,7 @@ class SimulatedActors:
         self.given: list[tuple[float, str, str]] = []  # when, shard, actor
         self.killed: list[str] = []
         self.most_open = 0
+        self.room = 0  # how many actors fit on the cluster
         self._nature, self._seconds = nature, seconds
         self._numbers = itertools.count()
 
@@ -130,6 +131,9 @@ class SimulatedActors:
 
     def draining_nodes(self) -> Collection[str]:
         return self.draining
+
+    def fitting(self) -> int:
+        return self.room
 
     def resources(self) -> str:
         return "8 CPUs"

@@ -275,7 +275,7 @@ def test_an_actor_that_dies_while_it_has_nothing_to_do_costs_the_next_shard_noth
 
 def test_what_an_actor_has_begun_since_is_not_charged_when_it_is_stopped_for_a_hang_that_nobody_waits_for() -> None:
     def seconds(task: ShardTask, attempt: int) -> float:
-        return {"f": 10_000.0 if attempt == 0 else 1.0, "x": 15.0}.get(task.shard.url, 4.0)
+        return {"f": 10_000.0 if attempt == 0 else 1.0, "b": 3.0, "x": 15.0}.get(task.shard.url, 4.0)
 
     actors = SimulatedActors(seconds=seconds)
     assert attempts_of(run(actors, "fabcdegx", attempts=1, deadline_s=20.0))["x"] == 1
