@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.markup import escape
@@ -11,20 +11,21 @@ from rich.markup import escape
 from jobs.tokenize_config import TokenizeConfig
 from pipeline import storage
 from pipeline.manifest import Totals
-from pipeline.records import ShardResult, ShardState
+from pipeline.records import ShardResult
 
 NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Closing:
-    """The end of one run. `rows`: of the shards that were listed; `removed`: of those that are listed no longer."""
+    """The end of one run. `reasons`: why shards are quarantined, and how many; `removed`: of those that are listed no
+    longer."""
 
     config: TokenizeConfig
     output_url: str
     num_shards: int
     totals: Totals
-    rows: Sequence[ShardResult]
+    reasons: Mapping[str | None, int]
     removed: Sequence[ShardResult]
     num_left: int = 0  # shards without a result, which this driver left alone
 
@@ -34,8 +35,7 @@ class Closing:
         totals = self.totals
         if totals.num_quarantined <= self.config.max_failed_shards:
             return None
-        reasons = Counter(row.reason for row in self.rows if row.state is ShardState.QUARANTINED)
-        named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        named = ", ".join(f"{count} {reason}" for reason, count in Counter(self.reasons).most_common())
         allowed = f"max_failed_shards allows {self.config.max_failed_shards}"
         return f"{totals.num_quarantined} shards are quarantined ({named}), {allowed}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from types import TracebackType
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
+NOTES_A_SECOND = 10  # more than these nobody reads
+BAR_EVERY_S = 0.1
 
 
 class JobProgress:
@@ -21,6 +24,8 @@ class JobProgress:
         self._what, self._total, self._done = what, total, done
         self._started_at, self._first = time.monotonic(), done
         self._last_line = self._started_at
+        self._second, self._said, self._unsaid = self._started_at, 0, 0  # notes of this second
+        self._bar_at = -math.inf
         self._bar = _bar() if sys.stderr.isatty() else None
         self._task = None if self._bar is None else self._bar.add_task(what, total=total, completed=done, text="")
 
@@ -32,18 +37,34 @@ class JobProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._count_unsaid()
         if self._bar is not None:
             self._bar.stop()
 
-    def note(self, line: str) -> None:
-        """A line for the log; where a person looks at the bar it would be in the way."""
-        if self._bar is None:
+    def note(self, line: str, *, always: bool = False) -> None:
+        """A line for the log; where a person looks at the bar it would be in the way. When they come too fast to be
+        read, the others of a second are only counted, but for those that are `always` said."""
+        if self._bar is not None:
+            return
+        if time.monotonic() - self._second >= 1.0:
+            self._count_unsaid()
+        if always or self._said < NOTES_A_SECOND:
             log.info("%s", line)
+            self._said += not always
+        else:
+            self._unsaid += 1
+
+    def _count_unsaid(self) -> None:
+        if self._unsaid:
+            log.info("and %d more %s", self._unsaid, self._what)
+        self._second, self._said, self._unsaid = time.monotonic(), 0, 0
 
     def advance(self, count: int, text: str) -> None:
         self._done += count
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, text=text)
+            if time.monotonic() - self._bar_at >= BAR_EVERY_S or self._done == self._total:
+                self._bar_at = time.monotonic()
+                self._bar.update(self._task, completed=self._done, text=text)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S or (count and self._done == self._total):
             self._last_line = time.monotonic()
             log.info("%s %d of %d, %s, %s left", self._what, self._done, self._total, text, self._left())

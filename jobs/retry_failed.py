@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -47,11 +47,14 @@ def run_retry(
         plan, findings = plan_retry(output, ledger, run.table, record, whole_shards=whole_shards)
         _log(findings)
         put_in_doubt(output, ledger, findings)
-        session = Session(run, ledger, plan, _keeper(output, findings))
+        became: dict[str, ShardResult] = {}
+        tell = lambda row: became.update({row.shard: row})  # noqa: E731
+        session = Session(run, ledger, plan, _keeper(output, findings), tell)
+        del plan
         try:
             return session.run(source or run.source, command)
         finally:
-            _tell(findings, session.rows)
+            _tell(findings, became)
 
 
 def _log(findings: Sequence[Finding]) -> None:
@@ -93,12 +96,11 @@ def _keeper(output: OutputPrefix, findings: Sequence[Finding]) -> Callable[[Give
     return keep
 
 
-def _tell(findings: Sequence[Finding], rows: Sequence[ShardResult]) -> None:
+def _tell(findings: Sequence[Finding], became: Mapping[str, ShardResult]) -> None:
     """A line for each shard with failures: what failed, and what became of it."""
     say = Console(soft_wrap=True, highlight=False).print
     if not findings:
         say("[green]nothing failed[/]")
-    became = {row.shard: row for row in rows}
     for finding in findings[:MAX_SHOWN]:
         outcome = _outcome(finding, became.get(finding.row.shard))
         say(escape(f"{storage.base_name(finding.row.shard)} · {finding.failed} · {outcome}"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,12 +13,13 @@ from rich.markup import escape
 
 from jobs.closing import Closing, named
 from jobs.progress import JobProgress
+from jobs.recording import Recording
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_run import TokenizeRun, held
 from pipeline import storage
 from pipeline.errors import PipelineError, RunHeld
 from pipeline.ledger import Ledger
-from pipeline.manifest import Totals, write_manifest
+from pipeline.manifest import write_manifest
 from pipeline.plan import Plan, collector_paused, make_plan, record_plan
 from pipeline.prune import drop_removed
 from pipeline.records import ShardResult, ShardState
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from jobs.tokenize_actor import Source
 
 log = logging.getLogger(__name__)
-LEDGER_EVERY_S = 10.0
-LEDGER_EVERY_ROWS = 1000
 INTERRUPTED = 130
 Keep = Callable[["GivenUp"], ShardResult | None]
 
@@ -49,6 +49,7 @@ def run_tokenize(config: TokenizeConfig, command: str, source: Source | None = N
         del shards  # the plan has them
         log.info("plan: %s", plan.describe())
         session = Session(run, ledger, _pruned(run, ledger, plan) if prune else plan)
+        del plan  # the session lets go of what it needs no longer
         return session.run(source or run.source, command)
 
 
@@ -63,15 +64,20 @@ def _pruned(run: TokenizeRun, ledger: Ledger, plan: Plan) -> Plan:
 class Session:
     """One driver's work on one output, from its plan to its manifest."""
 
-    def __init__(self, run: TokenizeRun, ledger: Ledger, plan: Plan, keep: Keep = lambda given_up: None) -> None:
-        """`keep`: the row that a shard has all the same when it is given up; None quarantines it."""
+    def __init__(
+        self,
+        run: TokenizeRun,
+        ledger: Ledger,
+        plan: Plan,
+        keep: Keep = lambda given_up: None,
+        tell: Callable[[ShardResult], None] = lambda row: None,
+    ) -> None:
+        """`keep`: the row that a shard has all the same when it is given up; None quarantines it. `tell` is called
+        with the row of each shard that this run has brought to an end."""
         self._run, self._config, self._output = run, run.config, run.output
-        self._ledger, self._plan, self._keep = ledger, plan, keep
-        self.rows = list(plan.done)
-        self._totals = Totals.of(plan.done)
-        self._unwritten = list(plan.adopted)
-        self._written_at = time.monotonic()
-        self._num_new = 0
+        self._ledger, self._plan, self._keep, self._tell = ledger, plan, keep, tell
+        self._recording = Recording(ledger, plan)
+        self._num_shards, self._num_before = plan.num_shards, len(plan.done)
         self._console = Console(soft_wrap=True, highlight=False)
 
     def run(self, source: Source, command: str) -> int:
@@ -80,29 +86,31 @@ class Session:
             storage.remove(self._output.file("manifest.json"))  # the plan is no longer complete
         record_plan(self._output, self._plan, self._config.public_settings())
         if not self._plan.todo:
-            self._flush(force=True)
-            whole = self._totals.num_done == self._plan.num_shards
+            self._recording.close()
+            whole = self._recording.totals.num_done == self._num_shards
             self._console.print("[green]nothing to do[/]" + (": every shard has its part" if whole else ""))
-            return self._conclude(command)
+            return self._conclude(self._plan.done, command)
+        self._plan = replace(self._plan, done=(), adopted=())  # the ledger has them
         try:
             try:
                 self._tokenize(source)
             finally:
-                self._flush(force=True)
+                self._recording.close()
+            self._plan = replace(self._plan, todo=())
+            return self._conclude(None, command)
         except KeyboardInterrupt:
             self._say_stopped("stopped", command)
             return INTERRUPTED
         except PipelineError as error:
-            if isinstance(error, RunHeld) or not self._num_new:
+            if isinstance(error, RunHeld) or not self._recording.num_new:
                 raise  # exit 3; or nothing was started: exit 2
             self._say_stopped(f"stopped by an error ({error})", command)
             return 1
-        return self._conclude(command)
 
     def _say_stopped(self, how: str, command: str) -> None:
-        left = self._plan.num_shards - len(self.rows)
-        say = self._console.print
-        say(f"[yellow]{escape(how)}[/]: {len(self.rows):,} shards are done, {left:,} are left; go on with")
+        num_done, say = self._recording.num_shards, self._console.print
+        left = self._num_shards - num_done
+        say(f"[yellow]{escape(how)}[/]: {num_done:,} shards are done, {left:,} are left; go on with")
         say(f"  {escape(command)}")
 
     def _tokenize(self, source: Source) -> None:
@@ -112,52 +120,46 @@ class Session:
         from jobs.pool_settings import decode_threads, pool_settings
         from jobs.ray_actors import RayActors
 
-        config, started, rows_before = self._config, time.monotonic(), self._totals.num_rows
+        config, started, rows_before = self._config, time.monotonic(), self._recording.totals.num_rows
         dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=config.ray.shards_in_flight)
         with connected(config.ray.address):
             settings = pool_settings(config, len(self._plan.todo))
             threads = decode_threads(config, settings.num_actors)
             with (
                 ActorPool(RayActors(source, self._run.job(threads), settings), settings) as pool,
-                JobProgress("shards", self._plan.num_shards, len(self._plan.done)) as progress,
+                JobProgress("shards", self._num_shards, self._num_before) as progress,
             ):
                 for outcome in pool.run(dispatch, self._ledger.check):
-                    progress.note(_line(self._record(outcome)))
+                    row = self._record(outcome)
+                    progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
                     progress.advance(1, self._speed(started, rows_before))
 
     def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
         self._ledger.check()
         if not isinstance(outcome, ShardResult):
             outcome = self._keep(outcome) or self._quarantine(outcome)
-        self.rows.append(outcome)
-        self._unwritten.append(outcome)
-        self._totals, self._num_new = self._totals.plus(outcome), self._num_new + 1
-        self._flush()
+        self._recording.note(outcome)
+        self._tell(outcome)
         return outcome
 
     def _quarantine(self, given_up: GivenUp) -> ShardResult:
         work = given_up.work
         return quarantine(self._output, work.task, given_up.reason, given_up.message, work.charged)
 
-    def _flush(self, *, force: bool = False) -> None:
-        """A kill before this costs one footer read a shard at the next plan, no work."""
-        due = time.monotonic() - self._written_at > LEDGER_EVERY_S or len(self._unwritten) >= LEDGER_EVERY_ROWS
-        if self._unwritten and (due or force):
-            self._ledger.append(self._unwritten)
-            self._unwritten, self._written_at = [], time.monotonic()
-
     def _speed(self, started: float, rows_before: int) -> str:
-        totals = self._totals
+        totals = self._recording.totals
         rate = (totals.num_rows - rows_before) / max(1e-9, time.monotonic() - started)
         return f"{totals.num_rows:,} images, {rate:,.0f} images/s, {totals.num_failed:,} failed"
 
-    def _conclude(self, command: str) -> int:
-        plan, rows = self._plan, self.rows
+    def _conclude(self, rows: Sequence[ShardResult] | None, command: str) -> int:
+        """`rows`: of all shards, where they are known; else the ledger is asked."""
+        plan, record = self._plan, self._recording
         closing = Closing(
-            self._config, self._output.url, plan.num_shards, self._totals, rows, plan.removed, plan.num_left
+            self._config, self._output.url, self._num_shards, record.totals, record.reasons, plan.removed, plan.num_left
         )
         if not closing.lost and not plan.num_left:
             self._ledger.check()
+            rows = record.rows(plan.removed) if rows is None else rows
             write_manifest(self._output, self._run.table, rows, plan.removed)
         return closing.tell(self._console.print, command)
 

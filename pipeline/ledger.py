@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import fields
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,7 +36,7 @@ class Ledger:
     def __init__(self, output: OutputPrefix, check: Callable[[], None] = lambda: None) -> None:
         self._output, self.check = output, check
         self._next_number: int | None = None
-        self._appended: list[str] = []  # since the last merge
+        self._tiers: list[list[str]] = []  # segments of this writer: appended, merged once, merged twice …
 
     def read(self) -> dict[str, ShardResult]:
         """The newest row of each shard, by shard URL."""
@@ -50,32 +50,40 @@ class Ledger:
     def append(self, results: Iterable[ShardResult]) -> None:
         """Publish one more segment; nothing when there is nothing to say."""
         if rows := list(results):
-            self._appended.append(self._publish(rows))
-        if len(self._appended) > COMPACT_SEGMENTS:
-            self._merge(self._appended)
+            self._keep(self._publish(_table(rows)), 0)
+
+    def _keep(self, segment: str, tier: int) -> None:
+        """Merge a tier that has grown too long into one segment of the next, so that a row is written a few times at
+        most, however long a run is. All of lower tiers was merged just before: a full tier is the newest."""
+        if tier == len(self._tiers):
+            self._tiers.append([])
+        self._tiers[tier].append(segment)
+        if len(self._tiers[tier]) > COMPACT_SEGMENTS:
+            merged = self._put_in_place_of(self._tiers[tier], _newest(self._tiers[tier]))
+            self._tiers[tier] = []
+            self._keep(merged, tier + 1)
 
     def compact(self) -> None:
         """Merge many segments into one. Killed in between, rows stand in both, which says the same."""
         segments = self._segments()
         if len(segments) > COMPACT_SEGMENTS:
-            self._merge(segments)
-
-    def _merge(self, segments: list[str]) -> None:
-        """`segments` are the newest, or all: the merged rows come after every other."""
-        self._put_in_place_of(segments, list(_newest_rows(segments).values()))
+            self._put_in_place_of(segments, _newest(segments))
+            self._tiers = []
 
     def rewrite(self, rows: Iterable[ShardResult]) -> None:
         """These rows and no others, whatever state the segments are in. Killed in between, old rows that are not
         among them stay."""
-        self._put_in_place_of(self._segments(), list(rows))
+        self._put_in_place_of(self._segments(), _table(list(rows)))
+        self._tiers = []
 
-    def _put_in_place_of(self, segments: list[str], rows: list[ShardResult]) -> None:
-        self._publish(rows)
-        for url in segments:
-            storage.remove(url)
-        self._appended = []
+    def _put_in_place_of(self, segments: list[str], rows: pa.Table) -> str:
+        """`segments` are the newest, or all: the rows come after every other."""
+        url = self._publish(rows)
+        for segment in segments:
+            storage.remove(segment)
+        return url
 
-    def _publish(self, rows: list[ShardResult]) -> str:
+    def _publish(self, rows: pa.Table) -> str:
         """Under the next number that nobody has: a driver that lost its lease may have taken one meanwhile."""
         self.check()
         data = _segment_bytes(rows)
@@ -100,29 +108,45 @@ def _number(url: str) -> int:
 
 
 def _newest_rows(segments: list[str]) -> dict[str, ShardResult]:
+    return {row.shard: row for table in _tables(segments) for row in _rows(table)}
+
+
+def _newest(segments: list[str]) -> pa.Table:
+    """The newest row of each shard, as a table: a merge makes no object of a row."""
+    rows = pa.concat_tables(_tables(segments))
+    numbered = pa.table({"shard": rows["shard"], "number": np.arange(len(rows))})
+    last = numbered.group_by("shard").aggregate([("number", "max")])["number_max"]
+    return rows.take(last.sort())
+
+
+def _tables(segments: list[str]) -> Iterator[pa.Table]:
     with ThreadPoolExecutor(SEGMENT_READERS) as executor:
-        return {row.shard: row for rows in executor.map(_read_segment, segments) for row in rows}
+        yield from executor.map(_read_segment, segments)
 
 
-def _segment_bytes(rows: list[ShardResult]) -> bytes:
+def _table(rows: list[ShardResult]) -> pa.Table:
+    columns = {name: [getattr(row, name) for row in rows] for name in LEDGER_SCHEMA.names}
+    columns["state"] = [state.value for state in columns["state"]]
+    columns["message"] = [text if text is None else storage.public_text(text) for text in columns["message"]]
+    return pa.table(columns, schema=LEDGER_SCHEMA)
+
+
+def _segment_bytes(rows: pa.Table) -> bytes:
     sink = io.BytesIO()
-    table = pa.Table.from_pylist([_plain(row) for row in rows], schema=LEDGER_SCHEMA)
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
-def _plain(row: ShardResult) -> dict[str, Any]:
-    message = None if row.message is None else storage.public_text(row.message)
-    return {**asdict(row), "state": row.state.value, "message": message}
-
-
-def _read_segment(url: str) -> list[ShardResult]:
+def _read_segment(url: str) -> pa.Table:
     data = storage.read_bytes(url)
     try:
-        table = pq.read_table(io.BytesIO(data), schema=LEDGER_SCHEMA, page_checksum_verification=True)
+        return pq.read_table(io.BytesIO(data), schema=LEDGER_SCHEMA, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         remedy = "remove it: the parts say again what it said"
         raise Damaged(f"{storage.public_url(url)} is no segment of a ledger; {remedy} ({error})") from error
+
+
+def _rows(table: pa.Table) -> Iterator[ShardResult]:
     columns = {name: table[name].to_pylist() for name in LEDGER_SCHEMA.names}
     columns["state"] = [ShardState(state) for state in columns["state"]]
-    return [ShardResult(*values) for values in zip(*columns.values(), strict=True)]
+    return (ShardResult(*values) for values in zip(*columns.values(), strict=True))

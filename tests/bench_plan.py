@@ -4,8 +4,8 @@
 
 The store hands out entries as s3fs gives them, 1,000 keys a page; shards and parts have no bytes behind them, but the
 ledger is real segments and the parts without a ledger row are real parts. The plan goes through the functions of a run:
-expand, make_plan (which reads the ledger), record_plan, then what a Session and its Dispatch hold of it, and the
-manifest of all shards. A process of its own makes the store's content, so that the peak is the plan's alone.
+expand, make_plan (which reads the ledger), record_plan, then what a Session holds of it while the rest is done, and at
+the end the ledger's rows and the manifest of all shards. A process of its own makes the store's content, so that the peak is the plan's alone.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ import numpy as np
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from jobs.dispatch import Dispatch
+from jobs.recording import Recording
 from make_data import fake_table
 from pipeline import storage
 from pipeline.ledger import Ledger
-from pipeline.manifest import Totals, write_manifest
+from pipeline.manifest import write_manifest
 from pipeline.output import OutputPrefix, part_name
 from pipeline.plan import collector_paused, make_plan, record_plan
 from pipeline.records import ObjectInfo, ShardResult, ShardState
@@ -181,16 +182,17 @@ class Meter:
         self.steps[name] = {
             "seconds": round(time.perf_counter() - self._at, 2),
             "cpu_seconds": round(time.process_time() - self._cpu_at, 2),
-            "peak_mb": peak_mb(),
+            "peak_mb": memory_mb("VmHWM"),
+            "now_mb": memory_mb("VmRSS"),
             "requests": dict(requests),
         }
         self._at, self._cpu_at = time.perf_counter(), time.process_time()
 
 
-def peak_mb() -> int:
+def memory_mb(which: str) -> int:
     """Of this program alone: what getrusage says is at least what the parent had when it forked."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+    return int(next(line for line in lines if line.startswith(which)).split()[1]) // 1024
 
 
 def measure(folder: Path, num_shards: int, pattern: str) -> dict[str, Any]:
@@ -205,23 +207,30 @@ def measure(folder: Path, num_shards: int, pattern: str) -> dict[str, Any]:
     del shards
     meter.step("make_plan")
     record_plan(OUTPUT, plan, {})
-    rows = list(plan.done)
-    totals = Totals.of(rows)
-    meter.step("record_plan and totals")
+    said, removed, num_adopted, num_before = plan.describe(), plan.removed, len(plan.adopted), len(plan.done)
+    recording = Recording(Ledger(OUTPUT), plan)
+    totals = recording.totals
     dispatch = Dispatch(plan.todo, attempts=3, in_flight_limit=2)
-    meter.step("dispatch")
-    rows += [replace(_row(n), attempts=1) for n in range(len(rows), num_shards)]
+    plan = replace(plan, done=(), adopted=())
+    meter.step("recording and dispatch")
+    for number in range(num_before, num_shards):
+        recording.note(_row(number))
+    recording.close()
     meter.step("rows of the rest")
-    write_manifest(OUTPUT, fake_table(), rows, plan.removed)
+    left = not dispatch.finished
+    del plan, dispatch
+    rows = recording.rows(removed)
+    meter.step("ledger read again")
+    write_manifest(OUTPUT, fake_table(), rows, removed)
     meter.step("write_manifest")
-    write_manifest(OUTPUT, fake_table(), rows, plan.removed)
+    write_manifest(OUTPUT, fake_table(), rows, removed)
     meter.step("write_manifest again")
 
     def total(what: str) -> float:
         return round(sum(meter.steps[name][what] for name in ("expand", "make_plan")), 2)
 
     return {
-        "plan": plan.describe(), "adopted": len(plan.adopted), "rows": totals.num_rows, "left": not dispatch.finished,
+        "plan": said, "adopted": num_adopted, "rows": totals.num_rows, "left": left,
         "manifest_mb": round(len(CountedStore.objects["bucket/out/manifest.json"]) / 1e6, 1), "steps": meter.steps,
         "plan_seconds": total("seconds"), "plan_cpu_seconds": total("cpu_seconds"),
         "plan_peak_mb": meter.steps["make_plan"]["peak_mb"],

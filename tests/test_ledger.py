@@ -201,3 +201,28 @@ def test_a_segment_is_plain_parquet_for_any_engine(output: OutputPrefix, tmp_pat
     Ledger(output).append([DONE, LOST])
     table = pq.read_table(tmp_path / "ledger" / "00000001.parquet")
     assert table["state"].to_pylist() == ["done", "quarantined"]
+
+
+def test_a_row_is_written_a_few_times_at_most_however_long_a_run_is(
+    output: OutputPrefix, few_segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And few segments are left. Merging all that there is, each time, would write each row hundreds of times."""
+    written: list[int] = []
+    real = ledger_module._segment_bytes
+    monkeypatch.setattr(ledger_module, "_segment_bytes", lambda rows: written.append(len(rows)) or real(rows))
+    ledger, number = Ledger(output), 700
+    for n in range(number):
+        ledger.append([row(n)])
+    assert sum(written) <= 5 * number  # tiers of 5, 25, 125 and 625
+    assert len(segments(output)) <= 5 * few_segments
+    assert set(Ledger(output).read()) == {f"s3://b/{n}.tar" for n in range(number)}
+
+
+def test_a_merge_of_merged_segments_keeps_the_newest_row(output: OutputPrefix, few_segments: int) -> None:
+    ledger = Ledger(output)
+    for n in range(130):
+        ledger.append([row(n % 3, n), row(7, n)])
+    found = Ledger(output).read()
+    assert {shard: one.num_rows for shard, one in found.items()} == {
+        "s3://b/0.tar": 129, "s3://b/1.tar": 127, "s3://b/2.tar": 128, "s3://b/7.tar": 129,
+    }  # fmt: skip
