@@ -71,7 +71,7 @@ class Slots:
         """To as many as fit on the cluster now, if those are more; one that was given up is not made again."""
         number = min(fitting - self._num_made, at_most)
         if number > 0:
-            log.info("the cluster has room for %d more actors: they are asked for", number)
+            log.info("the cluster has room for more actors now, asked for: %d", number)
             self._slots += [Slot(f"actor-{self._num_made + n}") for n in range(number)]
             self._num_made += number
             self.due_at = -math.inf

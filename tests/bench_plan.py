@@ -5,7 +5,8 @@
 The store hands out entries as s3fs gives them, 1,000 keys a page; shards and parts have no bytes behind them, but the
 ledger is real segments and the parts without a ledger row are real parts. The plan goes through the functions of a run:
 expand, make_plan (which reads the ledger), record_plan, then what a Session holds of it while the rest is done, and at
-the end the ledger's rows and the manifest of all shards. A process of its own makes the store's content, so that the peak is the plan's alone.
+the end the ledger's rows and the manifest of all shards. A process of its own makes the store's content, so that the
+peak is the plan's alone.
 """
 
 from __future__ import annotations

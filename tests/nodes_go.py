@@ -1,9 +1,9 @@
-"""A run on a Ray of several nodes, one of which goes in the middle. A program of its own, for a Ray that the tests of
-the same process know nothing of: `python nodes_go.py FOLDER drain|kill|freeze`, with checkpoint/ and shards/ in FOLDER.
-Prints one line of JSON.
+"""A run on a Ray of several nodes, one of which goes in the middle, or comes. A program of its own, for a Ray that the
+tests of the same process know nothing of: `python nodes_go.py FOLDER drain|kill|freeze|join`, with checkpoint/ and
+shards/ in FOLDER. Prints one line of JSON.
 
 drain: Ray is told that the node will be preempted. kill: its raylet dies. freeze: its raylet is stopped, so that Ray
-takes the node for dead while the actor there goes on.
+takes the node for dead while the actor there goes on. join: there is one node at first, and later another.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from fakes import RecordingSource
+from jobs import actors
 from jobs.checkpoints import read_head
 from jobs.config import check
 from jobs.tokenize_config import TokenizeConfig
@@ -29,7 +30,7 @@ from jobs.tokenize_dataset import run_tokenize
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 # A batch takes so long that there is work left when Ray notices that a node is dead (after about 16 s).
-SECONDS = {"drain": 0.5, "kill": 3.0, "freeze": 8.0}
+SECONDS = {"drain": 0.5, "kill": 3.0, "freeze": 8.0, "join": 1.0}
 
 
 def drain(node: Any) -> None:
@@ -58,13 +59,17 @@ def run(config: TokenizeConfig, source: RecordingSource, ended: dict[str, float]
 
 
 def main(folder: Path, what: str) -> None:
+    actors.GROW_EVERY_S = 1.0
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    node, env = cluster.add_node(**NODE), {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    node, env = (
+        None if what == "join" else cluster.add_node(**NODE),
+        {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", runtime_env=env)
     output, log = folder / what, folder / f"{what}.log"
     values = {
         "checkpoint": str(folder / "checkpoint"), "shards": str(folder / "shards"), "output": str(output),
-        "batch_size": 4, "attempts": 1, "ray": {"num_actors": 2, "shards_in_flight": 1},
+        "batch_size": 4, "attempts": 1, "ray": {"num_actors": None if what == "join" else 2, "shards_in_flight": 1},
     }  # fmt: skip
     source = RecordingSource(read_head(str(folder / "checkpoint")), seconds=SECONDS[what], log=str(log))
     ended: dict[str, float] = {}
@@ -72,7 +77,7 @@ def main(folder: Path, what: str) -> None:
     runner.start()
     while len(list((output / "tokens").glob("*.parquet"))) < 3:
         time.sleep(0.05)
-    {"drain": drain, "kill": kill, "freeze": freeze}[what](node)
+    {"drain": drain, "kill": kill, "freeze": freeze, "join": lambda node: None}[what](node)
     told = time.time()
     cluster.add_node(**NODE)
     runner.join()
