@@ -50,6 +50,67 @@ def with_open_end(data: bytes) -> bytes:
     return data
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Of a plain picture. `has_more`: segments that may say more of it, as EXIF does."""
+
+    width: int
+    height: int
+    is_progressive: bool
+    has_more: bool
+
+
+def plain_header(data: bytes) -> Header | None:
+    """Of a picture that a decoder which stops at every warning of libjpeg can judge without help: grey or YCbCr of 8
+    bits, all in one scan or progressive with every scan, and only one way to read its markers, for nothing lies between
+    them. None of any other."""
+    frame, kind, has_more, at = b"", 0, False, 2
+    while at + 12 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        body = data[at + 4 : at + 2 + length]
+        if marker == _START_OF_SCAN:
+            return _plain(frame, kind, has_more) if _is_whole(data, kind, frame, body) else None
+        if marker in _ALONE or marker == 0xFF or length < 2 or (marker in _FRAMES and frame):
+            return None
+        if marker in _FRAMES:
+            frame, kind = body, marker
+        has_more = has_more or not (marker in _FRAMES or _says_nothing_more(marker, body))
+        at += 2 + length
+    return None
+
+
+def _plain(frame: bytes, kind: int, has_more: bool) -> Header | None:
+    """T.81, B.2.2: precision, height, width, number of components, three bytes for each."""
+    ids = frame[6::3]
+    if frame[0] != 8 or len(frame) != 6 + 3 * frame[5] or not (len(ids) == 1 or ids == b"\1\2\3"):
+        return None
+    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+    return Header(width, height, kind in _PROGRESSIVE, has_more) if width and height else None
+
+
+def _is_whole(data: bytes, kind: int, frame: bytes, scan: bytes) -> bool:
+    if len(frame) < 9 or len(scan) < 6 or kind not in (*_HUFFMAN_SEQUENTIAL, _PROGRESSIVE[0]):
+        return False
+    if kind in _HUFFMAN_SEQUENTIAL:  # a decoder warns where it lacks bits of the one scan
+        return scan[0] == frame[5] and scan[1 : 1 + 2 * scan[0] : 2] == frame[6::3]
+    try:
+        return with_open_end(data) == data
+    except OSError:
+        return False
+
+
+def _says_nothing_more(marker: int, body: bytes) -> bool:
+    """Tables and comments, and what Pillow and libjpeg read in one way: a JFIF header, a colour profile, and Adobe's
+    word that it is YCbCr."""
+    if marker == 0xE0:
+        return body.startswith(b"JFIF\0") and len(body) >= 14
+    if marker == 0xE2:
+        return body.startswith(b"ICC_PROFILE\0") and len(body) >= 16
+    if marker == 0xEE:
+        return body.startswith(b"Adobe") and len(body) == 12 and body[11] == 1
+    return marker in (0xC4, 0xDB, 0xDD, 0xFE)
+
+
 def _complete(scans: list[_Scan], last: int) -> frozenset[int]:
     """The components of which every bit of the coefficients 0 to `last` comes."""
     bits_to_come: dict[tuple[int, int], int] = {}

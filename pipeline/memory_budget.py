@@ -34,18 +34,24 @@ class MemoryBudget:
     @contextmanager
     def hold(self, num_bytes: int) -> Iterator[None]:
         """Waits until they are free, and holds them for the block."""
-        claim, ticket = min(num_bytes, self._total), object()
+        claim = min(num_bytes, self._total)
         with self._changed:
-            self._queue.append(ticket)
-            try:
-                self._changed.wait_for(lambda: self._queue[0] is ticket and self._free >= claim)
-                self._free -= claim
-            finally:
-                self._queue.remove(ticket)
-                self._changed.notify_all()
+            if self._queue or self._free < claim:
+                self._wait_for(claim)
+            self._free -= claim
         try:
             yield
         finally:
             with self._changed:
                 self._free += claim
-                self._changed.notify_all()
+                if self._queue:
+                    self._changed.notify_all()
+
+    def _wait_for(self, claim: int) -> None:
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            self._changed.wait_for(lambda: self._queue[0] is ticket and self._free >= claim)
+        finally:
+            self._queue.remove(ticket)
+            self._changed.notify_all()  # the next one looks when this thread has let go, its own share taken

@@ -18,7 +18,12 @@ DOORS = {
     "fsspec": {"pipeline/storage.py"},
     "braceexpand": {"pipeline/shard_patterns.py"},
     "tenacity": {"pipeline/store_requests.py"},
-    "PIL": {"pipeline/images.py", "pipeline/pictures.py"},
+    "PIL": {
+        "pipeline/images.py", "pipeline/pillow_ways.py", "pipeline/pictures.py", "pipeline/turbo_jpeg.py",
+        "pipeline/fast_resize.py",
+    },
+    "simplejpeg": {"pipeline/turbo_jpeg.py"},
+    "numba": {"pipeline/resize_kernels.py"},
     "pyarrow": {
         "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
     },
