@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shlex
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.urls import public_text
+from jobs.command_line import say, set_up_log
+from jobs.command_line import typed_command as _command
 
 INTERRUPTED = 130
 
@@ -77,6 +74,28 @@ def tokenize(
 
         return run_plan(settings, _command(without=("--plan", "--json")), as_json=as_json)
     return run_tokenize(settings, _command(), prune=prune)
+
+
+@app.command()
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    images: Annotated[
+        int | None, typer.Option(help="measure on the first so many images; 1024, and short rounds, without it", min=1)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="how often each thing is measured, in turn", min=1)] = 3,
+    free: Annotated[
+        bool, typer.Option("--free", help="an encoder that costs nothing: what the pipeline itself can do")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """How fast tokenize is here, and could be; what to set. A minute."""
+    from jobs.bench import BenchOptions, run_bench
+    from jobs.config import load_config
+    from jobs.tokenize_config import TokenizeConfig
+
+    settings = load_config(TokenizeConfig, config, overrides or ())
+    return run_bench(settings, BenchOptions(images, rounds, free), as_json=as_json)
 
 
 @app.command()
@@ -191,7 +210,7 @@ def submit(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the exit codes of the design, one clear message for what is wrong with the world."""
-    _set_up_log(_log_level())
+    set_up_log()
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run(lambda: _invoke(sys.argv[1:] if arguments is None else arguments)))
 
@@ -203,30 +222,6 @@ def _invoke(arguments: Sequence[str]) -> Any:
         return command.invoke(context)
 
 
-class _PublicFormatter(logging.Formatter):
-    """URLs without credentials and query strings, whoever logs them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return public_text(super().format(record))
-
-
-def _set_up_log(level: str) -> None:
-    """Our own lines at `level`; of libraries only what is a warning, for they tell where they found credentials."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PublicFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level="WARNING", handlers=[handler])
-    for package in ("pipeline", "model", "jobs"):
-        logging.getLogger(package).setLevel(level)
-
-
-def _log_level() -> str:
-    level = os.environ.get("DVAE_LOG", "INFO").upper()
-    if level not in logging.getLevelNamesMapping():
-        _say(f"dvae: DVAE_LOG is {level!r}, which is no level: set DEBUG, INFO, WARNING or ERROR")
-        sys.exit(2)
-    return level
-
-
 def _run(command: Callable[[], Any]) -> int:
     from model.config import ModelError
     from pipeline.errors import PipelineError
@@ -234,7 +229,7 @@ def _run(command: Callable[[], Any]) -> int:
     try:
         return int(command() or 0)
     except (PipelineError, ModelError) as error:
-        _say(f"dvae: {error}")
+        say(f"dvae: {error}")
         return int(getattr(error, "exit_code", 2))
     except (KeyboardInterrupt, typer.Abort):
         return _stopped()
@@ -248,7 +243,7 @@ def _run(command: Callable[[], Any]) -> int:
 
 
 def _stopped() -> int:
-    _say(f"dvae: stopped; to go on:\n  {_command()}")
+    say(f"dvae: stopped; to go on:\n  {_command()}")
     return INTERRUPTED
 
 
@@ -257,24 +252,8 @@ def _is_usage(error: Exception) -> bool:
     return hasattr(error, "show") and hasattr(error, "exit_code")
 
 
-def _say(text: str) -> None:
-    """Whatever the message quotes, no secret of a URL is in it."""
-    sys.stderr.write(public_text(text) + "\n")
-
-
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _command(without: Collection[str] = ()) -> str:
-    """The line that was typed, to be typed again, less these words of it. (What the shell found on PATH has a whole
-    path here too.)"""
-    program = sys.argv[0]
-    typed_with_path = program.endswith("/dvae") and program != shutil.which("dvae")
-    typed = [argument for argument in sys.argv[1:] if argument not in without]
-    shown = [public_text(argument) for argument in typed]
-    left_out = "" if shown == typed else "   # and the secrets of its URLs, which are not shown"
-    return shlex.join([program if typed_with_path else "dvae", *shown]) + left_out
 
 
 if __name__ == "__main__":

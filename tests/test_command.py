@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli
-from jobs.cli import _command
+from jobs.command_line import PublicFormatter
+from jobs.command_line import typed_command as _command
 
 
 def test_a_log_level_that_is_none_is_said() -> None:
@@ -59,7 +59,7 @@ def test_no_secret_of_a_typed_url_is_said_again(argument: str, tmp_path: Path) -
 
 def test_the_line_to_go_on_leaves_secrets_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["dvae", "tokenize", "t.yaml", "shards=https://h.example/x.tar?sig=S3CR3T"])
-    line = cli._command()
+    line = _command()
     assert line.startswith("dvae tokenize t.yaml shards=https://h.example/x.tar ") and "S3CR3T" not in line
     assert "secrets of its URLs, which are not shown" in line
 
@@ -68,4 +68,4 @@ def test_what_any_library_logs_has_no_secret() -> None:
     record = logging.LogRecord(
         "s3fs", logging.WARNING, "", 0, "GET %s failed", ("https://k:S3CR3T@h.example/x?sig=S3CR3T",), None
     )
-    assert cli._PublicFormatter("%(message)s").format(record) == "GET https://h.example/x failed"
+    assert PublicFormatter("%(message)s").format(record) == "GET https://h.example/x failed"
