@@ -116,7 +116,7 @@ class TrainOutput:
 
 def identity(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> dict[str, Any]:
     """What the weights depend on, by dotted name. (Steps may grow; workers, and what is logged, may change.)"""
-    settings = config.model_dump(mode="json")
+    settings = {**config.model_dump(mode="json"), "image": config.image.to_json()}
     kept = ("model", "image", "loss", "optim", "schedule", "seed", "batch_size", "precision")
     order = {name: settings["data"][name] for name in ("num_streams", "shuffle_shards", "augment")}
     shards = {"train_shards": _fingerprint(train), "val_shards": _fingerprint(val)}

@@ -8,7 +8,7 @@ rounding, 16-bit colour keeps its upper 8 bits · 32-bit integer and float image
 MAX_PIXELS is refused before it is decoded, or enlarged · a truncated image is refused, never filled up, where that can
 be told: even a JPEG whose end marker was put back (jpeg.py) and a PNG whose packed rows end too early (png.py) · a PNG
 whose pixels don't match their checksum is refused · a shorter side under the target is refused or enlarged, as the
-spec says.
+spec says, which may also let libjpeg shrink large JPEGs.
 
 What cannot be told: compressed bytes that were damaged and still decode (a flipped bit in a JPEG; a tail of zeros in
 AVIF, WebP or deflated TIFF), a part missing within a scan of a progressive JPEG, restart intervals taken out of one.
@@ -29,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline import fast_resize, jpeg, png, turbo_jpeg
 from pipeline.image_spec import ImageSpec as ImageSpec
+from pipeline.image_spec import Shrink
 from pipeline.memory_budget import MemoryBudget
 from pipeline.pillow_ways import DAMAGED, ON_ITS_SIDE, orientation_of, turned, upright
 from pipeline.records import FailureReason
@@ -83,7 +84,8 @@ def _decoded_fast(data: bytes, spec: ImageSpec) -> DecodedImage | None:
         return None
     width, height = (header.height, header.width) if orientation in ON_ITS_SIDE else (header.width, header.height)
     is_small = min(width, height) < spec.size
-    if (is_small and spec.small == "refuse") or not fast_resize.suits(width, height, spec.size):
+    is_shrunk = spec.shrink == "dct" and min(width, height) >= 2 * spec.size
+    if (is_small and spec.small == "refuse") or is_shrunk or not fast_resize.suits(width, height, spec.size):
         return None
     with DECODING.hold(width * height * (12 if header.is_progressive else 8) + len(data)):
         is_cropped_only = orientation == 1 and min(width, height) == spec.size
@@ -105,10 +107,19 @@ def _hidden_orientation(data: bytes) -> int | None:
 
 
 def _decoded_by_pillow(data: bytes, spec: ImageSpec) -> DecodedImage:
-    with open_rgb(data, spec) as image:
-        resized = _resize_shorter_side(_enough(image, spec), spec.size, _filter(spec))
-        left, top = (round((side - spec.size) / 2) for side in resized.size)
-        return DecodedImage(_crop(resized, left, top, spec.size), image.width, image.height)
+    with _open_rgb(data, spec, spec.shrink) as (image, (width, height)):
+        return DecodedImage(_resized_crop(_enough(image, spec), spec), width, height)
+
+
+def _resized_crop(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+    """uint8 (size, size, 3): the shorter side resized to `size`, and the centre."""
+    new_size = fast_resize.scaled(*image.size, spec.size)
+    if new_size != image.size and spec.resample == "lanczos" and fast_resize.suits(*image.size, spec.size):
+        return fast_resize.shorter_side_crop(_four_bytes(image), spec.size)
+    _refuse_bomb(*new_size)  # a thin line may be enlarged into one
+    resized = image if new_size == image.size else image.resize(new_size, Image.Resampling[spec.resample.upper()])
+    left, top = (round((side - spec.size) / 2) for side in new_size)
+    return _crop(resized, left, top, spec.size)
 
 
 def training_crop(data: bytes, spec: ImageSpec, augment: Augment, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -137,12 +148,25 @@ def _dalle_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDAr
 
 @contextmanager
 def open_rgb(data: bytes, spec: ImageSpec) -> Iterator[Image.Image]:
-    """The first frame, upright, as RGB over white. Waits for its share of DECODING, and holds it for the block: few
-    images are huge, and those go one at a time. Raises SampleError."""
+    """The first frame, upright, as RGB over white, of its own size whatever the spec says. Waits for its share of
+    DECODING, and holds it for the block: few images are huge, and those go one at a time. Raises SampleError."""
+    with _open_rgb(data, spec, "none") as (image, _):
+        yield image
+
+
+@contextmanager
+def _open_rgb(data: bytes, spec: ImageSpec, shrink: Shrink) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """The same, perhaps shrunk, with the width and height that it had before."""
     image = _opened(data)
-    _refuse_bomb(image.width, image.height)
-    with DECODING.hold(_bytes_to_decode(image, spec) + 2 * len(data)):
-        yield _decoded(image, data)
+    before, claim, size = image.size, _bytes_to_decode(image, spec), None
+    _refuse_bomb(*before)
+    if shrink == "dct" and image.draft(None, (spec.size, spec.size)):  # None: it is no JPEG
+        size = before[::-1] if orientation_of(image) in ON_ITS_SIDE else before
+        if not image.info.get("progressive"):  # of such a one all coefficients are held as ever
+            claim = _bytes_to_decode(image, spec)
+    with DECODING.hold(claim + 2 * len(data)):
+        image = _decoded(image, data)
+        yield image, size or image.size
 
 
 def _bytes_to_decode(image: Image.Image, spec: ImageSpec) -> int:
@@ -236,14 +260,15 @@ def _enough(image: Image.Image, spec: ImageSpec) -> Image.Image:
     return image
 
 
-def _filter(spec: ImageSpec) -> Image.Resampling:
-    return Image.Resampling[spec.resample.upper()]
-
-
-def _resize_shorter_side(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    width, height = fast_resize.scaled(*image.size, size)
-    _refuse_bomb(width, height)  # a thin line may be enlarged into one
-    return image if (width, height) == image.size else image.resize((width, height), resample)
+def _four_bytes(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (height, width, 4), the fourth of each counts for nothing."""
+    pixels_HWX = np.empty((image.height, image.width, 4), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        values = np.frombuffer(strip.tobytes("raw", "RGBX"), np.uint8)
+        pixels_HWX[top : top + rows] = values.reshape(strip.height, image.width, 4)
+    return pixels_HWX
 
 
 def _crop(image: Image.Image, left: int, top: int, size: int) -> NDArray[np.uint8]:

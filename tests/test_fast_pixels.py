@@ -227,8 +227,9 @@ def test_training_crops_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_pillow(pixels_HWX: np.ndarray, size: int) -> np.ndarray:
     image = Image.fromarray(np.ascontiguousarray(pixels_HWX[..., :3]))
-    resized = images._resize_shorter_side(image, size, Image.Resampling.LANCZOS)
-    return images._crop(resized, *(round((side - size) / 2) for side in resized.size), size)
+    resized = image.resize(fast_resize.scaled(*image.size, size), Image.Resampling.LANCZOS)
+    left, top = (round((side - size) / 2) for side in resized.size)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
 def sizes() -> Iterator[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ import pytest
 
 from jobs.config import ConfigError, check, load_config
 from jobs.train_config import TrainConfig
+from jobs.train_output import identity
 from make_training import settings
 from model.config import Ramp
 
@@ -65,3 +66,13 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path, changes: dict[str, An
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
     message = refused(tmp_path, stepz=5, precision="fp8", log={"every_steps": "often"})
     assert all(field in message for field in ("stepz", "precision", "log.every_steps"))
+
+
+def test_a_run_from_before_shrinking_came_is_the_same_run_still(tmp_path: Path) -> None:
+    def image(**changes: Any) -> dict[str, Any]:
+        found = identity(check(TrainConfig, settings(tmp_path, **changes), "here"), [], [])
+        return {name: value for name, value in found.items() if name.startswith("image.")}
+
+    assert sorted(image()) == ["image.resample", "image.size", "image.small", "image.version"]
+    assert image(image={"shrink": "dct"})["image.shrink"] == "dct"
+    assert "image.shrink: Input should be 'none' or 'dct'" in refused(tmp_path, image={"shrink": "draft"})
