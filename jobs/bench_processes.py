@@ -60,9 +60,13 @@ class Processes:
         self._theirs = [theirs for _, theirs in pipes]
 
     def __enter__(self) -> Processes:
-        for process, theirs in zip(self._processes, self._theirs, strict=True):
-            process.start()
-            theirs.close()  # or the end of the process would not be heard
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for whoever started them
+        try:
+            for process, theirs in zip(self._processes, self._theirs, strict=True):
+                process.start()
+                theirs.close()  # or the end of the process would not be heard
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             self._answers()  # they are ready
         except BaseException:
@@ -126,7 +130,6 @@ def _visible(index: int, gpus_each: float) -> str | None:
 
 def _serve(connection: Connection, crew: Crew, gpu: str | None) -> None:
     """The life of one process: answers calls until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if gpu is not None:
         os.environ[VISIBLE] = gpu

@@ -116,7 +116,7 @@ def measure_stages(
     NothingToMeasure."""
     keep_large_blocks_apart()  # as the worker does: it decides what a large array costs
     progress("read")
-    read_first(shards, job, 1)  # connections are made, modules imported
+    _decode(read_first(shards, job, 1), spec, job)  # connections are made, modules imported, kernels compiled
     raw, reading = _timed(lambda: read_first(shards, job, num_images))
     progress("decode")
     decoded, decoding = _timed(lambda: _decode(raw, spec, job))
