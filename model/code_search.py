@@ -35,12 +35,12 @@ class CodeSearch:
 
     def __init__(self, tables: CodeTables, num_rows: int) -> None:
         device = tables.keys_KC.device
-        rows = min(num_rows, chunk_rows(len(tables.keys_KC), device.type))
+        self.rows = min(num_rows, chunk_rows(len(tables.keys_KC), device.type))
         self._tables = tables
-        self._logits_nK = torch.empty((rows, len(tables.keys_KC)), device=device)
+        self._logits_nK = torch.empty((self.rows, len(tables.keys_KC)), device=device)
 
     def __call__(self, z_NC: Tensor) -> Tensor:
-        return torch.cat([self._best(z_nC) for z_nC in torch.split(z_NC, len(self._logits_nK))])
+        return torch.cat([self._best(z_nC) for z_nC in torch.split(z_NC, self.rows)])
 
     def _best(self, z_nC: Tensor) -> Tensor:
         return _argmax(quantizer.logits(z_nC.float(), self._tables, out=self._logits_nK[: len(z_nC)]))

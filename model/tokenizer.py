@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import losses, quantizer
+from model import losses, quantizer, same_bits
 from model.checkpoint import Checkpoint
 from model.code_search import CodeSearch, SplitCodeSearch, chunk_rows
 from model.config import ModelError
@@ -51,8 +51,9 @@ class DVAETokenizer:
         size = self.image_spec["size"]
         pixels_shape, tokens_shape = (batch_size, size, size, 3), (batch_size, *self.grid)
         self._lanes = Lanes(pixels_shape, tokens_shape, self._device)
-        self._latents = Latents(self._model, self._dtype, pixels_shape, compiled=compile)
-        self._search = self._code_search()
+        with exact(threads):
+            self._latents = Latents(self._model, self._dtype, pixels_shape, compiled=compile)
+            self._search = self._code_search()
         if compile:
             with compiling():  # now, and not within the first shard's deadline
                 self.encode(np.zeros((1, size, size, 3), np.uint8))
@@ -102,10 +103,13 @@ class DVAETokenizer:
         with exact(self._threads):
             return self._in_batches(self._decode_batch, none, tokens_BHW)
 
-    def _code_search(self) -> CodeSearch | SplitCodeSearch:
+    def _code_search(self) -> Callable[[Tensor], Tensor]:
         tables, num_rows = self._model.tables(), self._batch_size * self.grid[0] * self.grid[1]
         split = self._device.type == "cuda" and self._precision != "fp32" and self._model.config.head == "conv"
-        return SplitCodeSearch(tables, num_rows, self._dtype) if split else CodeSearch(tables, num_rows)
+        if split:
+            return SplitCodeSearch(tables, num_rows, self._dtype)
+        plain = CodeSearch(tables, num_rows)
+        return same_bits.packed_search(tables, plain, num_rows) or plain
 
     def _encode_batch(self, pixels_bHWC: Tensor) -> Tensor:
         return self._search(self._latents(pixels_bHWC)).view(-1, *self.grid)
