@@ -39,6 +39,7 @@ _REASONS = {
     "damaged": FailureReason.SHARD_DAMAGED,
     "unreadable": FailureReason.SHARD_UNREADABLE,
     "changed": FailureReason.SHARD_CHANGED,
+    "crashed": FailureReason.SHARD_CRASHED,
 }
 
 
@@ -168,6 +169,7 @@ class ActorPool:
             yield from self._dispatch.actor_away(call.slot.name)
         elif isinstance(outcome.value, ShardResult):
             self.times += outcome.times
+            self._say(call.slot.name, outcome.note)
             yield from self._finished(call, outcome.value)
         else:
             yield from self._shows_life(call.slot, outcome.value)
@@ -178,6 +180,10 @@ class ActorPool:
             self._pace.note(_size(call.work), self._age_s(call))
             self._dispatch.done(call.slot.name, call.work)
             yield replace(result, attempts=call.work.charged + 1)
+
+    def _say(self, name: str, note: str) -> None:
+        if note:
+            log.warning("%s: %s", name, note)
 
     def _shows_life(self, slot: Slot, sign: SignOfLife) -> Iterator[GivenUp]:
         """It has its tokenizer, or can be reached again, or is just still there."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
@@ -18,8 +20,10 @@ log = logging.getLogger(__name__)
 # Ray says at every start that it guards its own cluster with a token, which asks nothing of anybody.
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
-OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own: only small results pass through it
+OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own, where only small results pass through it
 GCS_TIMEOUT_S = 5.0
+_SHARED_MEMORY = Path("/dev/shm")
+_ADVICE = "Some common causes include:"
 
 
 class ClusterError(PipelineError):
@@ -27,22 +31,23 @@ class ClusterError(PipelineError):
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Inside, Ray is there: the cluster at `address` (or $RAY_ADDRESS), else one of our own on this machine, which
-    ends with the block. A Ray that was there before is used and left alone. Raises ClusterError."""
+def connected(address: str | None, store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+    """Inside, Ray is there: the cluster at `address` (or $RAY_ADDRESS), else one of our own on this machine, with an
+    object store of so many bytes, which ends with the block. A Ray that was there before is used and left alone.
+    Raises ClusterError."""
     if ray.is_initialized():
         yield
         return
-    _connect(address or os.environ.get("RAY_ADDRESS") or "local")
+    _connect(address or os.environ.get("RAY_ADDRESS") or "local", store_bytes)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, store_bytes: int) -> None:
     # `local` and not None: a killed head leaves a file that makes a plain ray.init join a dead cluster.
-    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    own = {"include_dashboard": False, "object_store_memory": _there_is(store_bytes)} if address == "local" else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)  # ray.init puts one in its place that exits with code 15
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
@@ -62,10 +67,24 @@ def cluster_resources() -> dict[str, float]:
     return dict(ray.cluster_resources())
 
 
+def _there_is(store_bytes: int) -> int:
+    """No more than most of the shared memory: Ray refuses to start with more, and takes the disk when that is full."""
+    if not _SHARED_MEMORY.is_dir():
+        return store_bytes
+    return max(OBJECT_STORE_BYTES, min(store_bytes, int(0.8 * shutil.disk_usage(_SHARED_MEMORY).free)))
+
+
 def describe_resources() -> str:
     """What the cluster has and what of it is free, for messages."""
     total, free = ray.cluster_resources(), ray.available_resources()
     return ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU"))
+
+
+def in_few_words(error: BaseException) -> str:
+    """Ray says what happened in the first line, and the cause of a failed start in the last; the advice that it adds
+    to any death is left out."""
+    lines = str(error).partition(_ADVICE)[0].strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1].strip()}"
 
 
 def this_node() -> str:

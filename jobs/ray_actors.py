@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from jobs.cluster import describe_resources, draining_nodes
+from jobs.cluster import describe_resources, draining_nodes, in_few_words
+from jobs.decode_tasks import RETRIES
 from jobs.pool_settings import PoolSettings, fitting_actors
 from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor, Tokenized
 from pipeline.plan import ShardTask
@@ -19,13 +20,13 @@ from pipeline.stage_times import StageTimes
 from pipeline.tokenize_shard import TokenizeJob
 
 WATCH_S = 30.0
-_ADVICE = "Some common causes include:"
 
 
 @dataclass(frozen=True)
 class Answer:
     value: ShardResult | SignOfLife
     times: StageTimes = field(default_factory=StageTimes)  # that the actor spent since its last answer
+    note: str = ""  # for the driver's log
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class RayActors:
     """Makes, calls, hears and kills actors. An actor and a call are handles that only this class looks into."""
 
     def __init__(self, source: Source, job: TokenizeJob, settings: PoolSettings) -> None:
-        self._arguments, self._settings = (source, job), settings
+        self._arguments, self._settings = (source, job, settings.decode), settings
+        # Of tasks that an actor starts. By itself Ray tries one that was killed for memory for ever.
+        oom_retries = {"env_vars": {"RAY_task_oom_retries": str(RETRIES)}}
         self._class = ray.remote(
+            runtime_env=oom_retries if settings.decode else None,
             num_gpus=settings.gpus_per_actor,
             num_cpus=settings.cpus_per_actor,
             max_concurrency=settings.shards_in_flight + 2,  # a watch and a ping beside the shards
@@ -95,19 +99,21 @@ class RayActors:
     def outcome(self, call: Any) -> Outcome:
         try:
             value = ray.get(call)
-            return Answer(value.result, value.times) if isinstance(value, Tokenized) else Answer(value)
+            return Answer(value.result, value.times, value.note) if isinstance(value, Tokenized) else Answer(value)
         except ActorUnavailableError as error:
-            return Unreachable(_first_and_last_line(error))
+            return Unreachable(in_few_words(error))
         except RayTaskError as error:
             return Raised(_plain(error.cause))
         except RayError as error:
-            return Died(_first_and_last_line(error), with_node=_took_its_node_along(error))
+            return Died(in_few_words(error), with_node=_took_its_node_along(error))
 
     def draining_nodes(self) -> Collection[str]:
         return draining_nodes()
 
     def fitting(self) -> int:
-        return fitting_actors(self._settings.gpus_per_actor, self._settings.cpus_per_actor)
+        settings = self._settings
+        cpus_beside = settings.decode.cpus if settings.decode else 0.0
+        return fitting_actors(settings.gpus_per_actor, settings.cpus_per_actor, cpus_beside)
 
     def resources(self) -> str:
         return describe_resources()
@@ -115,17 +121,10 @@ class RayActors:
 
 def _plain(cause: Exception) -> Exception:
     """Of an error that could not travel Ray makes one of its own, with all the traceback in it."""
-    return RuntimeError(_first_and_last_line(cause)) if isinstance(cause, RayError) else cause
+    return RuntimeError(in_few_words(cause)) if isinstance(cause, RayError) else cause
 
 
 def _took_its_node_along(error: RayError) -> bool:
     """Ray has a flag for a node that it was told would go, and only words for one that went."""
     preempted = isinstance(error, RayActorError) and error.preempted
     return preempted or "its node has died" in str(error)
-
-
-def _first_and_last_line(error: Exception) -> str:
-    """Ray says what happened in the first line, and the cause of a failed start in the last; the advice that it adds
-    to any death is left out."""
-    lines = str(error).partition(_ADVICE)[0].strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1].strip()}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jobs.cluster import SWITCH_INTERVAL_S, this_node
+from jobs.decode_place import DecodeTasks
+from jobs.decode_tasks import TaskDecoder
 from pipeline.plan import ShardTask
 from pipeline.records import ImageTokenizer, ShardResult
 from pipeline.stage_times import StageTimes
@@ -38,19 +40,22 @@ class Tokenized:
 
     result: ShardResult
     times: StageTimes
+    note: str = ""  # what a person should know of it
 
 
 class TokenizeActor:
     """The worker, to be made remote. Loading is a call of its own, so that its errors arrive as they are."""
 
-    def __init__(self, source: Source, job: TokenizeJob) -> None:
+    def __init__(self, source: Source, job: TokenizeJob, decode: DecodeTasks | None = None) -> None:
+        """`decode`: where decoding is done elsewhere; None: on threads here."""
         self._source, self._job = source, job
+        self._tasks = TaskDecoder(job.decoding, decode) if decode else None
         self._worker: TokenizeWorker | None = None
         self._num_open, self._lock = 0, threading.Lock()
 
     def load(self) -> SignOfLife:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._worker = TokenizeWorker(self._source.load(), self._job)
+        self._worker = TokenizeWorker(self._source.load(), self._job, self._tasks)
         return self.ping()
 
     def tokenize(self, task: ShardTask, delay_s: float) -> Tokenized:
@@ -58,7 +63,8 @@ class TokenizeActor:
         assert self._worker is not None, "load comes first"
         with self._open():
             time.sleep(delay_s)
-            return Tokenized(self._worker.tokenize(task), self._worker.take_times())
+            result = self._worker.tokenize(task)
+            return Tokenized(result, self._worker.take_times(), self._tasks.take_note() if self._tasks else "")
 
     def watch(self, seconds: float) -> SignOfLife:
         """Answers after so long; an actor that dies meanwhile is missed at once, also when it has nothing to do."""

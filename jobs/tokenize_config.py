@@ -30,8 +30,12 @@ class RaySettings(Section):
     num_actors: Count | None = None
     gpus_per_actor: float = Field(default=0.0, ge=0.0)
     cpus_per_actor: float = Field(default=1.0, ge=0.0)
-    shards_in_flight: Count = 2
+    shards_in_flight: Count | None = None
+    decode: Literal["auto", "threads", "tasks"] = "auto"
     decode_threads: Count | None = None
+    decode_cpus: Annotated[float, Field(ge=0.0)] | None = None
+    decode_labels: dict[str, str] = Field(default={})
+    decode_resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default={})
     wait_s: float = Field(default=300.0, gt=0.0)
 
 

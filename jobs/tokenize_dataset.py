@@ -117,16 +117,16 @@ class Session:
         from jobs.actors import ActorPool  # Ray is imported only where there is work
         from jobs.cluster import connected
         from jobs.dispatch import Dispatch
-        from jobs.pool_settings import decode_threads, pool_settings
+        from jobs.pool_settings import pool_settings, store_bytes
         from jobs.ray_actors import RayActors
 
         config, started, rows_before = self._config, time.monotonic(), self._recording.totals.num_rows
-        dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=config.ray.shards_in_flight)
-        with connected(config.ray.address):
+        with connected(config.ray.address, store_bytes(config, self._run.table.image_spec["size"])):
             settings = pool_settings(config, len(self._plan.todo))
-            threads = decode_threads(config, settings.num_actors)
+            job, in_flight = self._run.job(settings.decode_threads), settings.shards_in_flight
+            dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=in_flight)
             with (
-                ActorPool(RayActors(source, self._run.job(threads), settings), settings) as pool,
+                ActorPool(RayActors(source, job, settings), settings) as pool,
                 JobProgress("shards", self._num_shards, self._num_before) as progress,
             ):
                 for outcome in pool.run(dispatch, self._ledger.check):

@@ -76,3 +76,9 @@ class ShardChanged(ShardError):
     """The object is not the one that was listed. Running again lists it anew."""
 
     reason = "changed"
+
+
+class ShardCrashed(ShardError):
+    """Whoever decoded the shard died of it, or fell silent, while the model's own process lives."""
+
+    reason = "crashed"

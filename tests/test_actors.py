@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs.actors import ActorPool
+from jobs.actors import _REASONS, ActorPool
 from jobs.cluster import ClusterError
 from jobs.dispatch import Dispatch, GivenUp
-from pipeline.errors import PublishFailed, RunHeld
+from pipeline.errors import PublishFailed, RunHeld, ShardError
 from pipeline.plan import ShardTask
 from pipeline.records import ObjectInfo, ShardResult
 from simulated_actors import SimulatedActors, settings
@@ -351,3 +351,7 @@ def test_without_accidents_a_good_shard_is_never_charged_and_a_bad_one_is_after_
             shard: 2 for shard, nature in natures.items() if nature != "good"
         }, f"seed {seed}"
         assert set(attempts_of(outcomes).values()) <= {1}, f"seed {seed}"
+
+
+def test_every_way_in_which_a_shard_fails_has_its_reason() -> None:
+    assert {kind.reason for kind in ShardError.__subclasses__()} == set(_REASONS)

@@ -31,7 +31,10 @@ DOORS = {
     "torch": {"model", "jobs/train_ranks.py"},
     "safetensors": {"model"},
     "tensorboard": {"jobs/train_tensorboard.py"},
-    "ray": {"jobs/cluster.py", "jobs/ray_actors.py", "jobs/pool_settings.py", "jobs/submit.py", "jobs/train_ray.py"},
+    "ray": {
+        "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
+        "jobs/train_ray.py",
+    },
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},
     "pydantic": {"jobs"},

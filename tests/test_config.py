@@ -40,7 +40,7 @@ def said(file: Path, text: str, *overrides: str) -> str:
 
 def test_defaults_file_and_overrides_are_laid_over_each_other(file: Path) -> None:
     config = load(file, MINIMAL + "ray: {num_actors: 2, wait_s: 5}\n", "ray.num_actors=7", "batch_size=8")
-    assert (config.ray.num_actors, config.ray.wait_s, config.ray.shards_in_flight, config.batch_size) == (7, 5, 2, 8)
+    assert (config.ray.num_actors, config.ray.wait_s, config.ray.shards_in_flight, config.batch_size) == (7, 5, None, 8)
     assert config.shards == ["s.tar"]
 
 

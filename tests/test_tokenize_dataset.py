@@ -99,6 +99,17 @@ def test_one_actor_and_four_and_another_order_give_the_same_bytes(
     assert parts(tmp_path / "four") == parts(undisturbed)
 
 
+@pytest.mark.parametrize("num_actors", [1, 3])
+def test_decoding_in_tasks_gives_the_same_bytes(
+    checkpoint: Path, shards: Path, undisturbed: Path, tmp_path: Path, num_actors: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = {"num_actors": num_actors, "decode": "tasks", "decode_threads": 1}
+    with caplog.at_level(logging.INFO):
+        assert run_tokenize(settings(checkpoint, shards, tmp_path, ray=elsewhere), "dvae") == 0
+    assert parts(tmp_path) == parts(undisturbed)
+    assert "decode tasks of 1 threads" in caplog.text and not any(r.levelno > logging.INFO for r in caplog.records)
+
+
 def test_a_finished_run_has_nothing_to_do_and_writes_nothing(
     checkpoint: Path, shards: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
