@@ -1,4 +1,4 @@
-"""`make bench` is honest: everybody makes the same tokens of the same pixels, and what is measured is really taken."""
+"""The benchmarks are honest: everybody makes the same tokens of the same pixels, what is measured is really taken."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from bench_startup import ACTOR, DRIVER, steps, tokenize
 from peers_hosts import Measured
 from peers_ours import stages_alone, without_ray
 from peers_report import as_json, as_text
@@ -72,3 +73,15 @@ def test_the_meter_sees_children_that_come_and_go() -> None:
         here = time.process_time() - begun
     assert 0.55 < meter.cpu_s() - here < 1.2
     assert meter.peak_bytes > 10_000_000
+
+
+def test_a_start_is_noted_in_its_processes_and_adds_up(tmp_path: Path) -> None:
+    config, marks = tmp_path / "run.yaml", tmp_path / "marks"
+    config.write_text(f"checkpoint: {tmp_path}/none\nshards: {tmp_path}\noutput: {tmp_path}/out\n")
+    assert tokenize(config, marks).returncode == 2  # which never starts Ray
+    noted = [line.split(" ", 2)[2] for line in marks.read_text().splitlines()]
+    wanted = ["python begin", *(last for _, last in DRIVER[:3]), "run_tokenize begin", "run_tokenize end"]
+    assert [note for note in noted if note in wanted] == wanted
+    found = {last: (10.0 + n, 1) for n, (_, last) in enumerate((*DRIVER, *ACTOR))}
+    seconds = steps(9.0, 30.0, found)
+    assert seconds["= to the first image encoded"] == len(found) and sum(seconds.values()) == 30.0 - 9.0 + len(found)
