@@ -26,31 +26,48 @@ import peers_ray_data
 import peers_scripts
 from peers_hosts import RAY, RAY_DATA, Hosts, Measured, PeerFailed
 from peers_report import as_json, as_text
-from peers_workloads import CORES, IMAGES_PER_SHARD, ROWS, Ran, Row, Work, make_shards, write_cpu_model
+from peers_workloads import (
+    CORES,
+    DEFAULT_ROWS,
+    IMAGES_PER_SHARD,
+    ROWS,
+    Ran,
+    Row,
+    Work,
+    make_shards,
+    make_warm_shards,
+    write_cpu_model,
+)
 
 BEGUN = time.monotonic()
 
 
 @dataclass(frozen=True)
 class Peer:
+    """`images`: which of a row's numbers of images is its own. Of those with the same `ways`, only the fastest in a
+    trial takes part."""
+
     name: str
     title: str
     host: str
     run: Callable[[Work], Ran]
-    is_slow: bool = False
+    images: str = "num_images"
+    ways: str = ""
 
 
 PEERS = (
     Peer("stages", "stages, each alone", "stages", peers_ours.stages_alone),
-    Peer("decode", "decode ceiling", "stages", peers_ours.decode_only),
-    Peer("plain", "plain loop", "plain", peers_scripts.plain_loop),
-    Peer("loader", "torch DataLoader", "loader", peers_scripts.data_loader),
-    Peer("ray_data", "Ray Data, defaults", RAY_DATA, peers_ray_data.defaults, is_slow=True),
-    Peer("ray_data_read", "Ray Data, tuned: read_webdataset", RAY_DATA, peers_ray_data.tuned_read),
-    Peer("ray_data_tasks", "Ray Data, tuned: whole batches", RAY_DATA, peers_ray_data.tuned_tasks),
-    Peer("ours", "ours on Ray", RAY, peers_ours.on_ray),
+    Peer("decode", "decode ceiling", "stages", peers_ours.decode_only, "peer_images"),
+    Peer("plain", "plain loop", "plain", peers_scripts.plain_loop, "peer_images"),
+    Peer("loader", "torch DataLoader", "loader", peers_scripts.data_loader, "peer_images"),
+    Peer("ray_data", "Ray Data, defaults", RAY_DATA, peers_ray_data.defaults, "slow_images"),
+    Peer("tuned_read", "Ray Data tuned, read_webdataset", RAY_DATA, peers_ray_data.tuned_read, "peer_images", "tuned"),
+    Peer("tuned_tasks", "Ray Data tuned, whole batches", RAY_DATA, peers_ray_data.tuned_tasks, "peer_images", "tuned"),
+    Peer("ours", "ours on Ray, decode threads", RAY, peers_ours.on_ray),
+    Peer("ours_tasks", "ours on Ray, decode tasks", RAY, peers_ours.on_ray_tasks),
     Peer("ours_no_ray", "ours without Ray", "ours", peers_ours.without_ray),
 )
+TRIAL_IMAGES = 1024
 
 
 def main() -> None:
@@ -62,6 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Hosts() as hosts:
         most = min(arguments.images or 10**9, max(row.num_images for row in rows))
         make_shards(Path(folder), most)
+        make_warm_shards(Path(folder) / "warm")
         bench = Bench(hosts, Path(folder), most, write_cpu_model(Path(folder) / "model"))
         measured = {row: bench.row(row, peers, arguments.rounds) for row in rows}
         idle = hosts.idle(5.0)
@@ -74,7 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, help="at most so many in a run")
-    parser.add_argument("--rows", type=_names({row.name for row in ROWS}), default={row.name for row in ROWS})
+    parser.add_argument("--rows", type=_names({row.name for row in ROWS}), default=set(DEFAULT_ROWS))
     parser.add_argument("--peers", type=_names({peer.name for peer in PEERS}), default={peer.name for peer in PEERS})
     parser.add_argument("--out", default="bench-peers.json")
     return parser.parse_args()
@@ -102,21 +120,35 @@ class Bench:
     def row(self, row: Row, peers: list[Peer], rounds: int) -> dict[str, list[Measured]]:
         """The runs of each peer; of one that failed, those before."""
         say(f"{row.title}")
-        for peer in peers:  # modules are imported, files are in the page cache
-            self._measure(peer, row, num_images=1)
+        peers = self._fastest(row, peers)
         found: dict[str, list[Measured]] = {peer.name: [] for peer in peers}
         for number in range(rounds):
             for peer in peers if number % 2 == 0 else reversed(peers):
-                wanted = row.few_images if peer.is_slow else row.num_images
-                if (measured := self._measure(peer, row, min(wanted, self.most))) is not None:
+                if (measured := self._measure(peer, row, getattr(row, peer.images))) is not None:
                     found[peer.name].append(measured)
-                    say(f"  {number + 1}  {peer.title:34} {_shown(measured)}")
+                    say(f"  {number + 1}  {peer.title:33} {_shown(measured)}")
         return found
+
+    def _fastest(self, row: Row, peers: list[Peer]) -> list[Peer]:
+        """Without those that another way beats in a trial. All get a run before the first that counts: modules are
+        imported then, and files are in the page cache."""
+        trials: dict[str, float] = {}
+        for peer in peers:
+            measured = self._measure(peer, row, TRIAL_IMAGES if peer.ways else 1)
+            trials[peer.name] = measured.images_per_s if measured else 0.0
+            if peer.ways:
+                say(f"  trial  {peer.title}: {trials[peer.name]:.0f} images/s")
+        best = {
+            max((p for p in peers if p.ways == ways), key=lambda p: trials[p.name]) for ways in {p.ways for p in peers}
+        }
+        return [peer for peer in peers if not peer.ways or peer in best]
 
     def _measure(self, peer: Peer, row: Row, num_images: int) -> Measured | None:
         self.num_runs += 1
-        shards = sorted(str(path) for path in self.folder.glob("bench-*.tar"))[: -(-num_images // IMAGES_PER_SHARD)]
-        work = Work(row, tuple(shards), str(self.folder / f"out-{self.num_runs}"), self.checkpoint)
+        wanted = -(-min(num_images, self.most) // IMAGES_PER_SHARD)
+        shards = _files(self.folder)[:wanted]
+        output, warm = str(self.folder / f"out-{self.num_runs}"), tuple(_files(self.folder / "warm"))
+        work = Work(row, tuple(shards), output, self.checkpoint, warm)
         expected = min(len(shards) * IMAGES_PER_SHARD, self.most)
         try:
             measured = self.hosts.measure(peer.host, peer.run, work)
@@ -126,6 +158,10 @@ class Bench:
             say(f"  {peer.title} FAILED: {error}")
             return None
         return measured
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.glob("bench-*.tar"))
 
 
 def _shown(measured: Measured) -> str:

@@ -3,17 +3,21 @@ takes."""
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 from jobs.cluster import SWITCH_INTERVAL_S
 from jobs.config import check
+from jobs.decode_place import SHARDS_ON_THREADS
+from jobs.dispatch import Dispatch
 from jobs.stage_costs import stage_costs
 from jobs.tokenize_config import TokenizeConfig
-from peers_workloads import BATCH_SIZE, CORES, Ran, Work
+from peers_workloads import BATCH_SIZE, CORES, Ran, Work, tasks
 from pipeline.images import decode_image
 from pipeline.plan import ShardTask
 from pipeline.records import ShardResult
@@ -51,44 +55,72 @@ def config(work: Work, **options: Any) -> TokenizeConfig:
 
 
 def without_ray(work: Work) -> Ran:
-    """As many workers in this process as the engine has actors, on threads."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as an actor does
-    num_workers = 1 if work.row.on_gpu else CORES
-    in_flight = config(work).ray.shards_in_flight
-    with ExitStack() as stack:
-        source, job = work.source(threads=1), work.job(max(1, CORES // num_workers))
-        workers = [stack.enter_context(closing(TokenizeWorker(source.load(), job))) for _ in range(num_workers)]
+    """The engine's worker in this process; of a model on the CPU one in each of as many processes as cores, each with
+    its share of the shards, as the actors have them."""
+    if work.row.on_gpu:
+        load(work, CORES)
+        return Ran(tokenize(work.tasks))
+    with ProcessPoolExecutor(CORES, multiprocessing.get_context("fork")) as pool:
+        ready = multiprocessing.get_context("fork").Manager().Barrier(CORES)
+        wait_for([pool.submit(load, work, 1, ready) for _ in range(CORES)])
         started = time.monotonic()
-        pools = [stack.enter_context(ThreadPoolExecutor(in_flight)) for _ in workers]
-        results = [
-            pools[n % num_workers].submit(workers[n % num_workers].tokenize, task) for n, task in enumerate(work.tasks)
-        ]
-        _check([result.result() for result in results])
+        wait_for([pool.submit(tokenize, work.tasks[n::CORES]) for n in range(CORES)])
     return Ran(started)
 
 
+_WORKER: list[TokenizeWorker] = []  # of this process
+
+
+def load(work: Work, decode_threads: int, ready: Any = None) -> None:
+    """`ready`: a barrier of all processes, so that each of them loads."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as an actor does
+    _WORKER[:] = [TokenizeWorker(work.tokenizer(threads=1), work.job(decode_threads))]
+    if ready is not None:
+        ready.wait(START_S)
+
+
+def tokenize(some: Sequence[ShardTask]) -> float:
+    """When it began."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(SHARDS_ON_THREADS) as executor:
+        _check(list(executor.map(_WORKER[0].tokenize, some)))
+    _WORKER[0].close()
+    return started
+
+
+def wait_for(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        future.result()
+
+
 def on_ray(work: Work) -> Ran:
-    return _on_ray(work)
+    """Decoding on threads of the actors."""
+    return _on_ray(work, decode="threads")
+
+
+def on_ray_tasks(work: Work) -> Ran:
+    """Decoding in tasks, beside an actor that waits for its GPU and needs no core set aside."""
+    return _on_ray(work, decode="tasks", **({"cpus_per_actor": 0} if work.row.on_gpu else {}))
 
 
 def _on_ray(work: Work, **options: Any) -> Ran:
-    """The clock starts when all actors are loaded: the cluster is warm."""
+    """The clock starts when each actor is loaded and has had a small shard, as in a long run."""
     import ray
 
     from jobs.actors import ActorPool
-    from jobs.dispatch import Dispatch
-    from jobs.pool_settings import decode_threads, pool_settings
+    from jobs.pool_settings import pool_settings
     from jobs.ray_actors import RayActors
 
     settings = config(work, **options)
     pool_size = pool_settings(settings, len(work.shards))
-    job = work.job(decode_threads(settings, pool_size.num_actors))
+    job = work.job(pool_size.decode_threads)
     actors = _remembering(RayActors)(work.source(settings.threads), job, pool_size)
     with ActorPool(actors, pool_size) as pool:
         ray.wait(actors.loads, num_returns=pool_size.num_actors, timeout=START_S)
+        _check(list(pool.run(Dispatch(tasks(work.warm[: pool_size.num_actors]), attempts=1, in_flight_limit=1))))
+        shutil.rmtree(work.output)  # rows that do not count
         started = time.monotonic()
-        dispatch = Dispatch(work.tasks, attempts=1, in_flight_limit=settings.ray.shards_in_flight)
-        _check(list(pool.run(dispatch)))
+        _check(list(pool.run(Dispatch(work.tasks, attempts=1, in_flight_limit=pool_size.shards_in_flight))))
     return Ran(started)
 
 

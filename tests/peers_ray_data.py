@@ -18,6 +18,7 @@ from peers_scripts import collated, pixels, resized
 from peers_workloads import BATCH_SIZE, CORES, Ran, Work
 from pipeline.images import ImageSpec
 
+START_S = 120
 Source = Any  # with .load() -> ImageTokenizer
 
 
@@ -113,6 +114,7 @@ def _write(images: Any, work: Work, actors: dict[str, Any]) -> None:
 
     context, source = ray.data.DataContext.get_current(), work.source(threads=1)
     context.enable_progress_bars = False
+    context.wait_for_min_actors_s = START_S  # the model is loaded before anything is read, as it is with everybody
     tokens = images.map_batches(Encode, fn_constructor_args=(source,), batch_size=BATCH_SIZE, **actors)
     tokens.write_parquet(work.output)
 

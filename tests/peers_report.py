@@ -9,6 +9,7 @@ from typing import Any
 from peers_hosts import Measured
 from peers_workloads import CORES, Row
 
+OURS = ("ours", "ours_tasks", "ours_no_ray")
 Runs = dict[str, list[Measured]]  # of one row: the rounds of each peer
 
 
@@ -62,9 +63,9 @@ def _ratios(row: Row, runs: Runs) -> dict[str, Any]:
             rates = [ideal_of(row, run.stages) for run in theirs if run.stages]
         else:
             rates = [run.images_per_s for run in theirs]
-        for ours in ("ours", "ours_tasks", "ours_no_ray"):
+        for ours in OURS[: OURS.index(name)] if name in OURS else OURS:
             mine = [run.images_per_s for run in runs.get(ours, [])]
-            if name != ours and mine and len(mine) == len(rates):
+            if mine and len(mine) == len(rates):
                 pairs = [one / other for one, other in zip(mine, rates, strict=True)]
                 found[f"{ours} / {'ideal' if name == 'stages' else name}"] = spread(pairs)
     return found

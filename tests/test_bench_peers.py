@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench_startup import ACTOR, DRIVER, steps, tokenize
+from make_data import image_bytes
 from peers_hosts import Measured
 from peers_ours import stages_alone, without_ray
 from peers_report import as_json, as_text
 from peers_scripts import data_loader, plain_loop
 from peers_usage import Meter
 from peers_workloads import ROWS, Ran, Row, Work, make_shards
+from pipeline.images import _decoded_fast
 
 NUM_IMAGES, PER_SHARD = 64, 24
 
@@ -45,6 +47,9 @@ def tokens_of(peer: Callable[[Work], Ran], row: Row, shards: tuple[str, ...], ou
 def test_scripts_and_engine_make_the_same_tokens(row: Row, shards: tuple[str, ...], tmp_path: Path) -> None:
     ours = tokens_of(without_ray, row, shards, tmp_path / "ours")
     assert len(ours) == NUM_IMAGES and len(set(ours.values())) == NUM_IMAGES
+    assert (_decoded_fast(image_bytes(0, width=400, height=400), Work(row, (), "", "").spec) is None) == (
+        row.name != "free"
+    )
     assert tokens_of(plain_loop, row, shards, tmp_path / "plain") == ours
     assert tokens_of(data_loader, row, shards, tmp_path / "loader") == ours
 
