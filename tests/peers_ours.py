@@ -59,10 +59,12 @@ def without_ray(work: Work) -> Ran:
     its share of the shards, as the actors have them."""
     if work.row.on_gpu:
         load(work, CORES)
+        forget_rows(work)
         return Ran(tokenize(work.tasks))
     with ProcessPoolExecutor(CORES, multiprocessing.get_context("fork")) as pool:
         ready = multiprocessing.get_context("fork").Manager().Barrier(CORES)
         wait_for([pool.submit(load, work, 1, ready) for _ in range(CORES)])
+        forget_rows(work)
         started = time.monotonic()
         wait_for([pool.submit(tokenize, work.tasks[n::CORES]) for n in range(CORES)])
     return Ran(started)
@@ -75,6 +77,8 @@ def load(work: Work, decode_threads: int, ready: Any = None) -> None:
     """`ready`: a barrier of all processes, so that each of them loads."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)  # as an actor does
     _WORKER[:] = [TokenizeWorker(work.tokenizer(threads=1), work.job(decode_threads))]
+    for task in tasks(work.warm):
+        _WORKER[0].tokenize(task)
     if ready is not None:
         ready.wait(START_S)
 
@@ -86,6 +90,11 @@ def tokenize(some: Sequence[ShardTask]) -> float:
         _check(list(executor.map(_WORKER[0].tokenize, some)))
     _WORKER[0].close()
     return started
+
+
+def forget_rows(work: Work) -> None:
+    """Those of the small shards, which warmed the processes."""
+    shutil.rmtree(work.output, ignore_errors=True)
 
 
 def wait_for(futures: Iterable[Future[Any]]) -> None:
@@ -117,8 +126,8 @@ def _on_ray(work: Work, **options: Any) -> Ran:
     actors = _remembering(RayActors)(work.source(settings.threads), job, pool_size)
     with ActorPool(actors, pool_size) as pool:
         ray.wait(actors.loads, num_returns=pool_size.num_actors, timeout=START_S)
-        _check(list(pool.run(Dispatch(tasks(work.warm[: pool_size.num_actors]), attempts=1, in_flight_limit=1))))
-        shutil.rmtree(work.output)  # rows that do not count
+        _check(list(pool.run(Dispatch(tasks(work.warm), attempts=1, in_flight_limit=pool_size.shards_in_flight))))
+        forget_rows(work)
         started = time.monotonic()
         _check(list(pool.run(Dispatch(work.tasks, attempts=1, in_flight_limit=pool_size.shards_in_flight))))
     return Ran(started)
