@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.bottleneck import in_full, in_short
 from jobs.closing import Closing, named
 from jobs.progress import JobProgress
 from jobs.recording import Recording
@@ -132,7 +133,10 @@ class Session:
                 for outcome in pool.run(dispatch, self._ledger.check):
                     row = self._record(outcome)
                     progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
-                    progress.advance(1, self._speed(started, rows_before))
+                    progress.advance(1, self._speed(started, rows_before, in_short(pool.times)))
+            self._say_who_was_starved(
+                in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
+            )
 
     def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
         self._ledger.check()
@@ -146,10 +150,16 @@ class Session:
         work = given_up.work
         return quarantine(self._output, work.task, given_up.reason, given_up.message, work.charged)
 
-    def _speed(self, started: float, rows_before: int) -> str:
+    def _say_who_was_starved(self, line: str) -> None:
+        if line:
+            self._console.print(line)
+
+    def _speed(self, started: float, rows_before: int, busy: str) -> str:
         totals = self._recording.totals
         rate = (totals.num_rows - rows_before) / max(1e-9, time.monotonic() - started)
-        return f"{totals.num_rows:,} images, {rate:,.0f} images/s, {totals.num_failed:,} failed"
+        return f"{totals.num_rows:,} images, {rate:,.0f} images/s, {totals.num_failed:,} failed" + (
+            f", {busy}" if busy else ""
+        )
 
     def _conclude(self, rows: Sequence[ShardResult] | None, command: str) -> int:
         """`rows`: of all shards, where they are known; else the ledger is asked."""
