@@ -67,7 +67,7 @@ PEERS = (
     Peer("ours_tasks", "ours on Ray, decode tasks", RAY, peers_ours.on_ray_tasks),
     Peer("ours_no_ray", "ours without Ray", "ours", peers_ours.without_ray),
 )
-TRIAL_IMAGES = 1024
+TRIAL_IMAGES = 512
 
 
 def main() -> None:

@@ -75,10 +75,15 @@ class Meter:
         return sum(self._spent_s(pid, looks) for pid, each in self.kinds.items() if kind in (None, each))
 
     def _spent_s(self, pid: int, looks: list[Look]) -> float:
-        """Of one process: its own seconds as last seen, and those of its ended children that were not seen."""
+        """Of one process: its own seconds as last seen, and those of its ended children that were not seen. (Of a child
+        that ends, its parent gets all seconds, those before `looks` too.)"""
         own_s, ended_s = _grown(pid, looks)
-        ended = [each for each, parent in self.parents.items() if parent == pid and each not in looks[-1].cpu_s]
-        return own_s + max(0.0, ended_s - sum(_grown(child, looks)[0] for child in ended))
+        children = [child for child, parent in self.parents.items() if parent == pid]
+        ended = [c for c in children if c not in looks[-1].cpu_s and any(c in look.cpu_s for look in looks)]
+        return own_s + max(0.0, ended_s - sum(self._last_s(child) for child in ended))
+
+    def _last_s(self, pid: int) -> float:
+        return next(sum(look.cpu_s[pid]) for look in reversed(self.looks) if pid in look.cpu_s)
 
 
 def _grown(pid: int, looks: list[Look]) -> tuple[float, float]:

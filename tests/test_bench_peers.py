@@ -19,7 +19,7 @@ from peers_hosts import Measured
 from peers_ours import stages_alone, without_ray
 from peers_report import as_json, as_text
 from peers_scripts import data_loader, plain_loop
-from peers_usage import Meter
+from peers_usage import Look, Meter
 from peers_workloads import ROWS, Ran, Row, Work, make_shards
 from pipeline.images import _decoded_fast
 
@@ -78,6 +78,12 @@ def test_the_meter_sees_children_that_come_and_go() -> None:
         here = time.process_time() - begun
     assert 0.55 < meter.cpu_s() - here < 1.2
     assert meter.peak_bytes > 10_000_000
+
+
+def test_what_a_child_took_before_the_clock_is_not_counted_when_it_ends() -> None:
+    looks = [Look(1.0, {1: (5.0, 0.0), 2: (8.0, 0.0)}, 0), Look(2.0, {1: (5.0, 0.0), 2: (9.0, 0.0)}, 0)]
+    meter = Meter(1, [*looks, Look(3.0, {1: (5.5, 9.25)}, 0)], {1: "root", 2: "worker"}, {1: 0, 2: 1})
+    assert meter.cpu_s(begin=1.5) == 0.5 + 1.0 + 0.25
 
 
 def test_a_start_is_noted_in_its_processes_and_adds_up(tmp_path: Path) -> None:
