@@ -21,7 +21,7 @@ from jobs.bench_report import bench_json, print_bench
 from jobs.bench_sources import FreeSource, MarkedSource
 from jobs.bench_sweep import sweep
 from jobs.estimate import speed
-from jobs.machine import THIS, Machine, actors_on, this_machine
+from jobs.machine import THIS, Machine, actors_on, decoding_on, this_machine
 from jobs.progress import JobProgress
 from jobs.stage_costs import StageSample, measure_stages, scratch
 from jobs.tokenize_config import TokenizeConfig
@@ -40,9 +40,7 @@ IMAGES = 1024
 ROUND_S = 4.0
 SLOWEST_BATCH_S = 5.0  # or else the whole would take many minutes
 SETTLED = 0.8  # of the ideal: what a round is taken to reach, when its length is chosen
-MAX_DECODE_THREADS = 64
 BATCHES_A_SHARD = 2
-SHARDS_IN_FLIGHT = 2  # where the config says nothing
 
 
 class CannotMeasure(PipelineError):
@@ -75,7 +73,7 @@ def run_bench(config: TokenizeConfig, options: BenchOptions, *, as_json: bool) -
 def measure(run: TokenizeRun, shards: Sequence[ObjectInfo], options: BenchOptions, output: OutputPrefix) -> Figures:
     """All figures of one machine. Files go to `output`, which is scratch, and to a temporary folder."""
     setting, source = _setting(run, len(shards), options), _source(run, options)
-    job = replace(run.job(setting.decode_threads), output=output)
+    job = replace(run.job(setting.threads_a_process), output=output)
     with tempfile.TemporaryDirectory() as folder, JobProgress("bench", 9 + 4 * options.rounds) as progress:
         step = _Steps(progress)
         step("copying the first images")
@@ -140,7 +138,7 @@ def _setting(run: TokenizeRun, num_shards: int, options: BenchOptions) -> Settin
             "the run encodes on GPUs (ray.gpus_per_actor), and this machine has none that torch can use"
         )
     num_actors = actors_on(machine, config.ray, num_shards)
-    threads = config.ray.decode_threads or max(1, min(MAX_DECODE_THREADS, int(machine.cpus) // num_actors))
+    decoding = decoding_on(machine, config.ray, num_actors)
     return Setting(
         "free" if options.free else run.table.tokenizer_id,
         "cpu" if options.free else config.device,
@@ -153,8 +151,9 @@ def _setting(run: TokenizeRun, num_shards: int, options: BenchOptions) -> Settin
         num_actors,
         0 if options.free else config.ray.gpus_per_actor,
         config.threads,
-        threads,
-        config.ray.shards_in_flight or SHARDS_IN_FLIGHT,
+        decoding.threads,
+        decoding.tasks is not None,
+        decoding.shards_in_flight,
     )
 
 

@@ -62,7 +62,7 @@ def _cores_for_gpus(figures: Figures) -> Iterator[str]:
     )
     if wanted * SPARE <= there:
         threads = math.ceil(wanted * SPARE)
-        enough = setting.decode_threads >= threads
+        enough = setting.decodes_in_tasks or setting.decode_threads >= threads
         yield f"{line} " + (
             "Its decode threads are enough."
             if enough
@@ -70,7 +70,10 @@ def _cores_for_gpus(figures: Figures) -> Iterator[str]:
         )
     else:
         more = math.ceil((wanted * SPARE - there) * setting.num_actors)
-        yield f"{line} Decode tasks on {more:,} more cores of other machines would keep all of them busy."
+        yield (
+            f"{line} About {more:,} more on other machines of a cluster would keep all of them busy: they decode in "
+            "tasks (ray.decode: auto takes them)."
+        )
 
 
 def _actors(figures: Figures) -> Iterator[str]:

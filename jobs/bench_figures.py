@@ -34,12 +34,18 @@ class Setting:
     num_actors: int
     gpus_per_actor: float
     threads: int  # of torch, in an actor
-    decode_threads: int  # in an actor
+    decode_threads: int  # in an actor, or in a task
+    decodes_in_tasks: bool
     shards_in_flight: int  # of an actor
 
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
+
+    @property
+    def threads_a_process(self) -> int:
+        """That decode where there is a process for each actor, and no tasks."""
+        return max(1, self.cores // self.num_actors) if self.decodes_in_tasks else self.decode_threads
 
     @property
     def batch_bytes(self) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from jobs.actors import ActorPool
 from jobs.bench_figures import Setting, Startup
 from jobs.bench_sources import ENCODED, LOADED, MarkedSource
 from jobs.cluster import connected
 from jobs.dispatch import Dispatch
-from jobs.pool_settings import PoolSettings, pool_settings
+from jobs.pool_settings import PoolSettings, pool_settings, store_bytes
 from jobs.ray_actors import RayActors
 from jobs.tokenize_config import TokenizeConfig
 from pipeline.errors import PipelineError
@@ -52,9 +52,11 @@ def ray_rounds(
     """A Ray of our own, whatever cluster the config names, for the block. `first`: tasks that the actors begin with,
     one for each at least. Raises ClusterError, RunFailed."""
     started = time.time()
-    with connected("local"):
+    config = _as_measured(config, setting)
+    with connected("local", store_bytes(config, setting.image_size)):
         up = time.time()
-        settings = pool_settings(_as_measured(config, setting), len(first))
+        settings = pool_settings(config, len(first))
+        job = replace(job, decode_threads=settings.decode_threads)
         with ActorPool(RayActors(source, job, settings), settings) as pool:
             _run_until_all_are_loaded(pool, first, settings, source)
             loaded, encoded = source.times(LOADED)[-1], source.times(ENCODED)[0]
@@ -63,8 +65,8 @@ def ray_rounds(
 
 
 def _as_measured(config: TokenizeConfig, setting: Setting) -> TokenizeConfig:
-    """Of the same size as what is measured without Ray; a free encoder takes no GPU."""
-    size = {"num_actors": setting.num_actors, "gpus_per_actor": setting.gpus_per_actor}
+    """Of the same size as what is measured without Ray, on this machine; a free encoder takes no GPU."""
+    size = {"address": None, "num_actors": setting.num_actors, "gpus_per_actor": setting.gpus_per_actor}
     return config.model_copy(update={"ray": config.ray.model_copy(update=size)})
 
 

@@ -56,14 +56,14 @@ def _heading(figures: Figures) -> Iterator[str]:
     yield f"[bold]{setting.cores} cores{gpus}[/] · {encoder}"
     compiled = ", compiled" if setting.compiled else ""
     yield f"encoding on {setting.device}, {setting.precision}{compiled}, batch {setting.batch_size}"
-    yield (
-        f"{_count(setting.num_actors, 'actor')}, each with {_count(setting.shards_in_flight, 'shard')} in flight, "
-        + (f"{_count(setting.decode_threads, 'decode thread')}, {_count(setting.threads, 'torch thread')}")
+    in_tasks = " a task" if setting.decodes_in_tasks else ""
+    threads = f"{_count(setting.decode_threads, 'decode thread')}{in_tasks}, {_count(setting.threads, 'torch thread')}"
+    in_flight = f"{_count(setting.shards_in_flight, 'shard')} in flight"
+    yield f"{_count(setting.num_actors, 'actor')}, each with {in_flight}, {threads}"
+    measured = (
+        f"{figures.num_images:,} images of {size(figures.image_bytes)}{bad}, {figures.num_round_images:,} in a round"
     )
-    yield (
-        f"{figures.num_images:,} images of {size(figures.image_bytes)}{bad}, {figures.num_round_images:,} in a round; "
-        + (f"{setting.image_size} px; {figures.part_bytes:,.0f} bytes a row")
-    )
+    yield f"{measured}; {setting.image_size} px; {figures.part_bytes:,.0f} bytes a row"
 
 
 def _count(number: int, what: str) -> str:

@@ -33,8 +33,8 @@ from pipeline.shards import read_samples
 from pipeline.stage_times import StageTimes
 from pipeline.tokenize_shard import TokenizeJob
 
-CPU = Setting("id", "cpu", "fp32", False, 64, 128, 8, 0, 8, 0, 1, 1, 2)
-GPU = Setting("id", "cuda", "bf16", True, 64, 256, 32, 2, 2, 1, 1, 16, 2)
+CPU = Setting("id", "cpu", "fp32", False, 64, 128, 8, 0, 8, 0, 1, 1, False, 2)
+GPU = Setting("id", "cuda", "bf16", True, 64, 256, 32, 2, 2, 1, 1, 16, False, 2)
 COSTS = StageCosts(read_s=0.0001, decode_s=0.004, encode_s=0.0139, write_s=0.002)  # 20 ms in all
 
 
@@ -89,7 +89,7 @@ def test_cores_for_a_gpu_are_counted() -> None:
     few = said(figures(replace(GPU, decode_threads=4), rates={ENCODE: 3000.0}))
     assert "Set ray.decode_threads=11 (now 4)" in few
     starved = said(figures(GPU, rates={ENCODE: 9000.0}))  # 27.5 an actor, with a fifth more: 33 - 16, times two
-    assert "on 34 more cores of other machines" in starved
+    assert "About 34 more on other machines" in starved
 
 
 def test_too_many_actors_and_too_few_are_said() -> None:
