@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from jobs.bench_figures import DECODE, ENCODE, NO_RAY, RAY, TITLES, Figures, Rates, Setting
+from jobs.bench_figures import DECODE, ENCODE, FREE, NO_RAY, RAY, TITLES, Figures, Rates, Setting
 from jobs.bench_material import Material, copied
 from jobs.bench_processes import Crew, Processes
 from jobs.bench_ray import ray_rounds
@@ -140,7 +140,7 @@ def _setting(run: TokenizeRun, num_shards: int, options: BenchOptions) -> Settin
     num_actors = actors_on(machine, config.ray, num_shards)
     decoding = decoding_on(machine, config.ray, num_actors)
     return Setting(
-        "free" if options.free else run.table.tokenizer_id,
+        FREE if options.free else run.table.tokenizer_id,
         "cpu" if options.free else config.device,
         config.precision,
         config.compile,

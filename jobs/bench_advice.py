@@ -32,6 +32,8 @@ def _limit(figures: Figures) -> Iterator[str]:
         yield f"The GPUs are starved: they have work {busy:.0%} of the time, and wait for {what}."
     elif figures.share(RAY) >= ENOUGH:
         yield f"The cores are the limit, and well used: {_heaviest(figures)}."
+    elif setting.is_free:
+        yield f"The pipeline reaches {figures.share(RAY):.0%} of what the cores could do; {_heaviest(figures)}."
     else:
         yield (
             f"The run reaches {figures.share(RAY):.0%} of what the cores could do; its encoders have work {busy:.0%} "

@@ -10,6 +10,7 @@ from jobs.stage_costs import StageCosts
 from pipeline.stage_times import StageTimes
 
 DECODE, ENCODE, NO_RAY, RAY = "decode", "encode", "no_ray", "ray"  # what is measured in rounds
+FREE = "free"  # for a tokenizer_id
 TITLES = {
     DECODE: "read and decode",
     ENCODE: "encode",
@@ -23,7 +24,7 @@ class Setting:
     """What was measured, as the run would have it on this machine. `cores`: that this process may use; `gpus`: that
     the actors take."""
 
-    encoder: str  # the checkpoint's tokenizer_id, or `free`
+    encoder: str  # the checkpoint's tokenizer_id, or FREE
     device: str
     precision: str
     compiled: bool
@@ -41,6 +42,10 @@ class Setting:
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
+
+    @property
+    def is_free(self) -> bool:
+        return self.encoder == FREE
 
     @property
     def threads_a_process(self) -> int:

@@ -51,7 +51,7 @@ def print_bench(figures: Figures, console: Console) -> None:
 def _heading(figures: Figures) -> Iterator[str]:
     setting = figures.setting
     gpus = f", {setting.gpus:g} GPUs" if setting.gpus else ""
-    encoder = "a free encoder" if setting.encoder == "free" else f"tokenizer {setting.encoder}"
+    encoder = "a free encoder" if setting.is_free else f"tokenizer {setting.encoder}"
     bad = f", {figures.num_failed:,} of them bad" if figures.num_failed else ""
     yield f"[bold]{setting.cores} cores{gpus}[/] · {encoder}"
     compiled = ", compiled" if setting.compiled else ""
@@ -95,9 +95,13 @@ def _rate_table(figures: Figures) -> Table:
     table = _table("images a second", "median", "least", "most", "of the ideal")
     for name in (DECODE, ENCODE, NO_RAY, RAY):
         rates = figures.rates[name]
-        table.add_row(TITLES[name], rate(rates.median), rate(rates.low), rate(rates.high), f"{figures.share(name):.0%}")
+        table.add_row(TITLES[name], rate(rates.median), rate(rates.low), rate(rates.high), _share(figures, name))
     table.add_row("the ideal", rate(figures.ideal), "", "", "100%")
     return table
+
+
+def _share(figures: Figures, name: str) -> str:
+    return "–" if name == ENCODE and figures.setting.is_free else f"{figures.share(name):.0%}"
 
 
 def _sweep_table(figures: Figures) -> Table:

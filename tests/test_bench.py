@@ -18,7 +18,7 @@ from fakes import FakeSource
 from jobs import bench as bench_module
 from jobs.bench import BenchOptions, CannotMeasure, in_rounds, run_bench
 from jobs.bench_advice import advice
-from jobs.bench_figures import DECODE, ENCODE, NO_RAY, RAY, BatchRate, Figures, Rates, Setting, Startup
+from jobs.bench_figures import DECODE, ENCODE, FREE, NO_RAY, RAY, BatchRate, Figures, Rates, Setting, Startup
 from jobs.bench_material import copied
 from jobs.bench_processes import Crew, Processes, ProcessFailed
 from jobs.bench_report import bench_json, print_bench
@@ -81,6 +81,14 @@ def test_a_gpu_that_is_busy_is_the_limit_and_one_that_waits_is_starved() -> None
     text = said(figures(GPU, times=waiting))
     assert "The GPUs are starved: they have work 40% of the time, and wait for pixels" in text
     assert "wait for bytes" in said(figures(GPU, times=replace(waiting, read_s=9, pixels_s=1)))
+
+
+def test_of_a_free_encoder_nobody_says_how_busy_it_is() -> None:
+    free = figures(replace(CPU, encoder=FREE), rates={RAY: 200.0, ENCODE: 400_000.0})
+    assert said(free) == "The pipeline reaches 50% of what the cores could do; encoding takes 70% of the CPU time."
+    out = io.StringIO()
+    print_bench(free, Console(file=out, width=80))
+    assert "400,000   360,000   440,000              –" in out.getvalue()
 
 
 def test_cores_for_a_gpu_are_counted() -> None:
