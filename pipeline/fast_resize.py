@@ -83,13 +83,21 @@ def usable() -> bool:
     if _agrees is None:
         with _lock:
             if _agrees is None:
-                _agrees = _is_there() and _gives_pillows_bytes()
+                _agrees = _is_there() and _works()
     return _agrees
 
 
 def _is_there() -> bool:
     """Elsewhere than on x86-64, compilers may join a product and a sum into one rounding."""
     return platform.machine() in ("x86_64", "AMD64") and importlib.util.find_spec("numba") is not None
+
+
+def _works() -> bool:
+    try:
+        return _gives_pillows_bytes()
+    except Exception as error:  # noqa: BLE001 - another numpy, no llvmlite, no compiling: whatever it is, Pillow does it
+        log.warning("numba cannot be used here (%s: %s): Pillow resizes", type(error).__name__, error)
+        return False
 
 
 def _gives_pillows_bytes() -> bool:

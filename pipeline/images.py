@@ -87,7 +87,7 @@ def _decoded_fast(data: bytes, spec: ImageSpec) -> DecodedImage | None:
     is_shrunk = spec.shrink == "dct" and min(width, height) >= 2 * spec.size
     if (is_small and spec.small == "refuse") or is_shrunk or not fast_resize.suits(width, height, spec.size):
         return None
-    with DECODING.hold(width * height * (12 if header.is_progressive else 8) + len(data)):
+    with DECODING.hold(_claim(width, height, 12 if header.is_progressive else 8, spec) + len(data)):
         is_cropped_only = orientation == 1 and min(width, height) == spec.size
         pixels_HWX = turbo_jpeg.pixels(data, header.width, header.height, 3 if is_cropped_only else 4)
         if pixels_HWX is None:
@@ -171,9 +171,14 @@ def _open_rgb(data: bytes, spec: ImageSpec, shrink: Shrink) -> Iterator[tuple[Im
 
 def _bytes_to_decode(image: Image.Image, spec: ImageSpec) -> int:
     """The most that its pixels take at one time, known from its header; tests/test_image_memory.py measures it."""
-    enlarged = max(1.0, spec.size / min(image.size)) ** 2 if spec.small == "upscale" else 1.0
     each = _BYTES_PER_PIXEL.get(image.format or "", 12 if image.info.get("progressive") else 8)
-    return round(image.width * image.height * (each + (4 * enlarged if enlarged > 1 else 0)))
+    return _claim(*image.size, each, spec)
+
+
+def _claim(width: int, height: int, each: int, spec: ImageSpec) -> int:
+    """In bytes, `each` a pixel and what enlarging takes."""
+    enlarged = max(1.0, spec.size / min(width, height)) ** 2 if spec.small == "upscale" else 1.0
+    return round(width * height * (each + (4 * enlarged if enlarged > 1 else 0)))
 
 
 def _decoded(image: Image.Image, data: bytes) -> Image.Image:

@@ -17,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+log = logging.getLogger(__name__)
+_CANNOT = "simplejpeg cannot be used here (%s: %s): Pillow decodes every JPEG"
 try:
     from simplejpeg import decode_jpeg, encode_jpeg
-except ImportError:
+except Exception as error:  # noqa: BLE001 - made for another numpy (ValueError) or libc: whatever it is, Pillow does it
     decode_jpeg = encode_jpeg = None
+    if not isinstance(error, ModuleNotFoundError):
+        log.warning(_CANNOT, type(error).__name__, error)
 
-log = logging.getLogger(__name__)
 _COLOURS = {3: "RGB", 4: "RGBX"}
 _lock = threading.Lock()
 _agrees: bool | None = None  # None: not looked at yet
@@ -50,8 +53,16 @@ def usable() -> bool:
     if _agrees is None:
         with _lock:
             if _agrees is None:
-                _agrees = decode_jpeg is not None and _gives_pillows_pixels()
+                _agrees = decode_jpeg is not None and _works()
     return _agrees
+
+
+def _works() -> bool:
+    try:
+        return _gives_pillows_pixels()
+    except Exception as error:  # noqa: BLE001 - another version, without what is asked of it: Pillow does it
+        log.warning(_CANNOT, type(error).__name__, error)
+        return False
 
 
 def _gives_pillows_pixels() -> bool:

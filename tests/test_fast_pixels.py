@@ -3,12 +3,16 @@ has the same pixels or the same reason for having none."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import math
 import random
 import struct
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -327,6 +331,75 @@ def test_without_the_libraries_pillow_does_it_all(
             assert not is_fast(encoded(textured(13, 64, 48), "JPEG"), ImageSpec(size=16))
             assert not module.usable()
     assert not caplog.records
+
+
+class Broken:
+    """A library that is installed and cannot be imported."""
+
+    __spec__ = object()
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [ImportError("Numba needs NumPy 2.2 or less"), OSError("no libllvmlite.so")])
+def test_a_numba_that_cannot_be_imported_leaves_it_to_pillow_and_it_is_said_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh(monkeypatch)
+    monkeypatch.delitem(sys.modules, "pipeline.resize_kernels")
+    monkeypatch.setitem(sys.modules, "numba", Broken(error))  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        assert not any(is_fast(encoded(textured(13, 64, 48), "JPEG"), ImageSpec(size=16)) for _ in range(2))
+    assert [str(error) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_numba_that_cannot_compile_leaves_it_to_pillow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh(monkeypatch)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resize_kernels, "resample", full)
+    with caplog.at_level(logging.WARNING):
+        assert not is_fast(encoded(textured(13, 64, 48), "JPEG"), ImageSpec(size=16))
+    assert "No space left" in caplog.text
+
+
+def turbo_jpeg_anew() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("turbo_jpeg_anew", turbo_jpeg.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_simplejpeg_that_cannot_be_imported_or_is_another_leaves_it_to_pillow_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = SimpleNamespace(decode_jpeg=lambda data, colours: None, encode_jpeg=lambda *options: {}["440"])
+    for library, said in ((Broken(ValueError("numpy.dtype size changed")), "size changed"), (old, "KeyError")):
+        monkeypatch.setitem(sys.modules, "simplejpeg", library)  # type: ignore[arg-type]
+        caplog.clear()
+        module = turbo_jpeg_anew()
+        assert not module.usable() and module.pixels(b"", 1, 1) is None
+        assert [said in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_as_much_memory_is_claimed_for_a_jpeg_as_pillow_would_take_its_enlarging_too(
+    progressive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, claims = encoded(textured(13, 64, 48), "JPEG", progressive=progressive), list[int]()
+    monkeypatch.setattr(images, "DECODING", SimpleNamespace(hold=lambda n: claims.append(n) or nullcontext()))
+    for spec in (ImageSpec(size=16), ImageSpec(size=256, small="upscale")):
+        assert images._decoded_fast(data, spec) is not None
+        assert claims.pop() - len(data) == images._bytes_to_decode(Image.open(io.BytesIO(data)), spec)
 
 
 def test_a_header_that_is_plain_is_told_from_others() -> None:
