@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -16,6 +17,7 @@ from pipeline.errors import Damaged, StorageError
 from pipeline.output import OutputPrefix
 from pipeline.records import ShardResult, ShardState
 
+log = logging.getLogger(__name__)
 COMPACT_SEGMENTS = 64  # more than this many are merged into one, when a run begins and while it goes on
 SEGMENT_READERS = 16
 LISTINGS = 5
@@ -48,9 +50,15 @@ class Ledger:
         raise StorageError(f"{storage.public_url(self._output.ledger_folder())} changes faster than it can be read")
 
     def append(self, results: Iterable[ShardResult]) -> None:
-        """Publish one more segment; nothing when there is nothing to say."""
+        """Publish one more segment; nothing when there is nothing to say. Once it is there, a merge that fails is no
+        failure of this: its segments are left to the next run."""
         if rows := list(results):
-            self._keep(self._publish(_table(rows)), 0)
+            segment = self._publish(_table(rows))
+            try:
+                self._keep(segment, 0)
+            except (StorageError, FileNotFoundError) as error:
+                self._tiers = []  # of all tiers: an older one that is merged later would come after what is left here
+                log.warning("the ledger's segments are merged by the next run: %s", error)
 
     def _keep(self, segment: str, tier: int) -> None:
         """Merge a tier that has grown too long into one segment of the next, so that a row is written a few times at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from make_data import Killed, MortalStore
 from pipeline import ledger as ledger_module
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import RunHeld, StorageError
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix
 from pipeline.records import ShardResult, ShardState
@@ -226,3 +227,55 @@ def test_a_merge_of_merged_segments_keeps_the_newest_row(output: OutputPrefix, f
     assert {shard: one.num_rows for shard, one in found.items()} == {
         "s3://b/0.tar": 129, "s3://b/1.tar": 127, "s3://b/2.tar": 128, "s3://b/7.tar": 129,
     }  # fmt: skip
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, name: str, on_call: int) -> None:
+    """One call of the store's `name` fails."""
+    real, calls = getattr(storage, name), itertools.count(1)
+
+    def call(*arguments: object) -> object:
+        if next(calls) == on_call:
+            raise StorageError("503 slow down")
+        return real(*arguments)
+
+    monkeypatch.setattr(storage, name, call)
+
+
+@pytest.mark.parametrize(
+    ("name", "on_call"),
+    [("remove", 1), ("remove", 3), ("read_bytes", 2), ("create", 6)]
+    + [("remove", 23), ("read_bytes", 24), ("create", 30)],  # while merged ones wait to be merged again
+)
+def test_a_merge_that_fails_is_said_and_ends_nothing(
+    output: OutputPrefix,
+    few_segments: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    on_call: int,
+) -> None:
+    """Rows that were written are not said to be unwritten, what comes after is appended, and the newest row counts."""
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        failing_once(patch, name, on_call)
+        ledger = Ledger(output)
+        for n in range(60):
+            ledger.append([row(n), row(100, n)] if n in (0, 7, 14, 20, 22, 23) else [row(n)])
+    assert [("503" in record.getMessage()) for record in caplog.records] == [True]
+    found = Ledger(output).read()
+    assert set(found) == {f"s3://b/{n}.tar" for n in [*range(60), 100]} and found["s3://b/100.tar"].num_rows == 23
+    Ledger(output).compact()
+    assert len(segments(output)) == 1 and Ledger(output).read() == found
+
+
+def test_a_driver_that_lost_its_lease_in_a_merge_ends(output: OutputPrefix, few_segments: int) -> None:
+    checks = itertools.count(1)
+
+    def check() -> None:
+        if next(checks) == few_segments + 2:
+            raise RunHeld("taken over")
+
+    ledger = Ledger(output, check)
+    with pytest.raises(RunHeld):
+        for n in range(few_segments + 1):
+            ledger.append([row(n)])
+    assert len(segments(output)) == few_segments + 1
