@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.errors import Damaged
+from pipeline.errors import Damaged, StorageError
 from pipeline.ledger import Ledger
 from pipeline.manifest import Totals
 from pipeline.plan import Plan
 from pipeline.records import ShardResult, ShardState
 
+log = logging.getLogger(__name__)
 LEDGER_EVERY_S = 10.0
 LEDGER_EVERY_ROWS = 1000
 MAX_UNWRITTEN = 10 * LEDGER_EVERY_ROWS  # so many rows wait for a slow store, then the run does
@@ -62,9 +64,11 @@ class Recording:
             self._written_at = time.monotonic()
 
     def close(self) -> None:
-        """All that was noted is in the ledger, or this raises."""
+        """All that was noted is in the ledger, or this raises. A write that failed is made good here, and forgotten."""
         try:
             self._settle()
+        except StorageError as error:
+            log.warning("%s; writing these rows once more", error)
         finally:
             self._writer.shutdown()
             self._ledger.append(self._rows)

@@ -107,6 +107,9 @@ class Session:
                 raise  # exit 3; or nothing was started: exit 2
             self._say_stopped(f"stopped by an error ({error})", command)
             return 1
+        except Exception as error:  # a fault of ours: its traceback is wanted, and the way on too
+            self._say_stopped(f"stopped by an error ({type(error).__name__}: {error})", command)
+            raise
 
     def _say_stopped(self, how: str, command: str) -> None:
         num_done, say = self._recording.num_shards, self._console.print

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,8 +12,11 @@ import pytest
 
 from jobs import recording as recording_module
 from jobs.recording import Recording
+from jobs.tokenize_dataset import Session, run_tokenize
+from make_data import write_checkpoint, write_shards
+from make_run import run_config
 from pipeline import storage
-from pipeline.errors import Damaged, StorageError
+from pipeline.errors import Damaged, PipelineError, RunHeld, StorageError
 from pipeline.ledger import Ledger
 from pipeline.manifest import Totals
 from pipeline.output import OutputPrefix
@@ -73,14 +77,14 @@ def test_a_slow_store_holds_the_run_up_only_when_very_many_rows_wait(
 
 
 class Failing(Ledger):
-    """A store that fails once."""
+    """A store that fails once, or more often."""
 
-    fails = 1
+    fails, error = 1, StorageError
 
     def append(self, results: Iterable[ShardResult]) -> None:
         if self.fails:
             self.fails -= 1
-            raise StorageError("503")
+            raise self.error("503")
         super().append(results)
 
 
@@ -98,15 +102,29 @@ def test_what_could_not_be_written_is_said_and_is_written_at_the_end(
     assert len(recording.rows(())) == 3
 
 
-def test_an_end_at_which_the_last_write_fails_still_tries_all_rows_and_says_so(
-    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch
+def test_a_last_write_that_fails_and_is_made_good_is_no_error_of_the_run(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """All is in the ledger: a run that ended here would have no manifest, and nothing left to do."""
     monkeypatch.setattr(recording_module, "LEDGER_EVERY_ROWS", 1)
     recording = Recording(Failing(output), NOTHING)
     recording.note(row(0))
-    with pytest.raises(StorageError, match="503"):
+    with caplog.at_level(logging.WARNING):
         recording.close()
-    assert len(recording.rows(())) == 1
+    assert len(recording.rows(())) == 1 and "503" in caplog.text
+
+
+@pytest.mark.parametrize(("fails", "error"), [(2, StorageError), (1, RunHeld), (2, RunHeld)])
+def test_a_last_write_that_is_not_made_good_or_has_lost_the_run_is_raised(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch, fails: int, error: type[PipelineError]
+) -> None:
+    monkeypatch.setattr(recording_module, "LEDGER_EVERY_ROWS", 1)
+    monkeypatch.setattr(Failing, "fails", fails)
+    monkeypatch.setattr(Failing, "error", error)
+    recording = Recording(Failing(output), NOTHING)
+    recording.note(row(0))
+    with pytest.raises(error, match="503"):
+        recording.close()
 
 
 def test_rows_are_those_of_the_plan_and_reasons_are_counted(output: OutputPrefix) -> None:
@@ -129,3 +147,21 @@ def test_a_ledger_that_lost_a_segment_meanwhile_gives_no_manifest(output: Output
         storage.remove(segment.url)
     with pytest.raises(Damaged, match="--rebuild-ledger"):
         recording.rows(())
+
+
+def test_a_fault_of_our_own_says_how_to_go_on_and_what_was_done_is_in_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "in", [2, 3])
+    config = run_config(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "in", tmp_path / "out")
+
+    def tokenize(self: Session, source: object) -> None:
+        self._recording.note(row(0))
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(Session, "_tokenize", tokenize)
+    with pytest.raises(ZeroDivisionError):
+        run_tokenize(config, "dvae tokenize again")
+    said = capsys.readouterr().out
+    assert "1 shards are done, 1 are left; go on with" in said and "dvae tokenize again" in said
+    assert len(Ledger(OutputPrefix(str(tmp_path / "out"))).read()) == 1
