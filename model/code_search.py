@@ -42,8 +42,15 @@ class CodeSearch:
     def __call__(self, z_NC: Tensor) -> Tensor:
         return torch.cat([self._best(z_nC) for z_nC in torch.split(z_NC, self.rows)])
 
+    def logits(self, z_NC: Tensor) -> Tensor:
+        """All of them, to compare."""
+        return torch.cat([self._logits(z_nC).clone() for z_nC in torch.split(z_NC, self.rows)])
+
     def _best(self, z_nC: Tensor) -> Tensor:
-        return _argmax(quantizer.logits(z_nC.float(), self._tables, out=self._logits_nK[: len(z_nC)]))
+        return _argmax(self._logits(z_nC))
+
+    def _logits(self, z_nC: Tensor) -> Tensor:
+        return quantizer.logits(z_nC.float(), self._tables, out=self._logits_nK[: len(z_nC)])
 
 
 class SplitCodeSearch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -97,13 +97,19 @@ class Lanes:
 
     def __init__(self, pixels_shape: tuple[int, ...], tokens_shape: tuple[int, ...], device: torch.device) -> None:
         self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self._compute: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            compute.wait_stream(torch.cuda.current_stream(device))  # the weights' way to the device
+            self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._compute.wait_stream(torch.cuda.current_stream(device))  # the weights' way to the device
             for _ in range(LANES_ON_CUDA):
-                self._free.put(CudaLane(pixels_shape, tokens_shape, device, compute))
+                self._free.put(CudaLane(pixels_shape, tokens_shape, device, self._compute))
         else:
             self._free.put(Lane(pixels_shape, tokens_shape))
+
+    def in_turn(self) -> AbstractContextManager[object]:
+        """To compute, inside `exact`, with buffers that the lanes' batches use too: on CUDA after these, on their
+        stream; on the CPU `exact` is enough."""
+        return nullcontext() if self._compute is None else torch.cuda.stream(self._compute)
 
     @contextmanager
     def lane(self) -> Iterator[Lane]:

@@ -50,10 +50,11 @@ class DVAETokenizer:
         self._model = inference_model(checkpoint, self._device, self._dtype)
         size = self.image_spec["size"]
         pixels_shape, tokens_shape = (batch_size, size, size, 3), (batch_size, *self.grid)
-        self._lanes = Lanes(pixels_shape, tokens_shape, self._device)
         with exact(threads):
             self._latents = Latents(self._model, self._dtype, pixels_shape, compiled=compile)
             self._search = self._code_search()
+        # Last: on CUDA the lanes' stream waits here for all that was written above, the search's buffers too.
+        self._lanes = Lanes(pixels_shape, tokens_shape, self._device)
         if compile:
             with compiling():  # now, and not within the first shard's deadline
                 self.encode(np.zeros((1, size, size, 3), np.uint8))
@@ -92,7 +93,7 @@ class DVAETokenizer:
         token was that `encode` gives otherwise; 0 where it is the same."""
         self._check_pixels(pixels_BHWC)
         self._check_tokens(tokens_BHW)
-        with exact(self._threads):
+        with exact(self._threads), self._lanes.in_turn():
             return self._in_batches(self._margins_batch, np.empty((0, *self.grid), np.float32), pixels_BHWC, tokens_BHW)
 
     def decode(self, tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:

@@ -6,13 +6,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from model import tokenizer as tokenizer_module
 from model.checkpoint import Checkpoint, tokenizer_id
 from model.config import DVAEConfig
 from model.dvae import seeded_dvae
@@ -150,7 +151,7 @@ class _Recorded:
         fake = SimpleNamespace(Stream=Stream, Event=Event, stream=stream, current_stream=lambda device: default)
         default = Stream()
         monkeypatch.setattr(torch, "cuda", fake)
-        monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+        monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, device=None, **k: zeros(*a, **k))
 
 
 def test_on_cuda_the_copy_has_a_stream_of_its_own_and_all_lanes_compute_on_one(monkeypatch):
@@ -167,3 +168,30 @@ def test_on_cuda_the_copy_has_a_stream_of_its_own_and_all_lanes_compute_on_one(m
     assert recorded.log == [*launched[0], *launched[1]]
     assert [lane.tokens().reshape(-1).tolist() for lane in lanes] == [[7, 0], [8, 0]]
     assert recorded.log[-2:] == ["synchronize"] * 2
+
+
+def test_on_cuda_what_shares_the_lanes_buffers_computes_on_their_stream(monkeypatch):
+    recorded = _Recorded(monkeypatch)
+    lanes = Lanes((2, 2, 2, 3), (2, 1, 1), SimpleNamespace(type="cuda"))
+    assert recorded.log[0] == "stream 1 waits for stream 0"
+    with lanes.in_turn():
+        assert recorded.log[-1] == "on stream 1"
+
+
+def test_margins_share_the_lanes_buffers_in_turn(monkeypatch):
+    tokenizer, entered = _tokenizer(), list[bool]()
+    monkeypatch.setattr(tokenizer._lanes, "in_turn", lambda: nullcontext(entered.append(True)))
+    tokens_BHW = tokenizer.encode(_pixels(3))
+    assert not entered
+    assert not tokenizer.margins(_pixels(3), tokens_BHW).any() and entered == [True]
+
+
+def test_the_lanes_are_made_after_the_buffers_that_their_stream_waits_for(monkeypatch):
+    made: list[str] = []
+    for name in ("Latents", "CodeSearch", "Lanes"):
+        real = getattr(tokenizer_module, name)
+        monkeypatch.setattr(
+            tokenizer_module, name, lambda *a, name=name, real=real, **k: made.append(name) or real(*a, **k)
+        )
+    _tokenizer()
+    assert made == ["Latents", "CodeSearch", "Lanes"]

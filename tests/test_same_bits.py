@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import same_bits
+from model import quantizer, same_bits
 from model.checkpoint import Checkpoint, tokenizer_id
 from model.code_search import CodeSearch
 from model.config import DVAEConfig
@@ -52,6 +52,18 @@ def test_a_packed_search_that_differs_in_one_bit_is_not_taken(monkeypatch):
     assert same_bits.packed_search(tables, plain, 300) is not None
     assert same_bits.packed_search(tables, plain, 300) is None, "it was slower"
     monkeypatch.setattr(same_bits.PackedSearch, "logits", lambda self, z: honest(self, z) * (1 + 2**-23))
+    assert same_bits.packed_search(tables, plain, 300) is None
+
+
+def test_the_packed_search_is_compared_with_the_product_that_it_stands_for(monkeypatch):
+    """`out=` is another way through torch than without."""
+    tables, honest = _tables(2048, bias=True), quantizer.logits
+    plain = CodeSearch(tables, 300)
+    monkeypatch.setattr(
+        quantizer, "logits", lambda z, tables, out=None: honest(z, tables) * (1 + 2**-23 if out is not None else 1)
+    )
+    times = iter([1.0, 2.0])
+    monkeypatch.setattr(same_bits, "_seconds", lambda work: next(times))
     assert same_bits.packed_search(tables, plain, 300) is None
 
 
