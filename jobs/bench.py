@@ -4,6 +4,7 @@ each is made is told in the other bench_*.py, and how it is shown in bench_repor
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ def run_bench(config: TokenizeConfig, options: BenchOptions, *, as_json: bool) -
 
 def measure(run: TokenizeRun, shards: Sequence[ObjectInfo], options: BenchOptions, output: OutputPrefix) -> Figures:
     """All figures of one machine. Files go to `output`, which is scratch, and to a temporary folder."""
-    setting, source = _setting(run, len(shards), options), _source(run, options)
+    setting, source, load = _setting(run, len(shards), options), _source(run, options), os.getloadavg()[0]
     job = replace(run.job(setting.threads_a_process), output=output)
     with tempfile.TemporaryDirectory() as folder, JobProgress("bench", 9 + 4 * options.rounds) as progress:
         step = _Steps(progress)
@@ -99,7 +100,7 @@ def measure(run: TokenizeRun, shards: Sequence[ObjectInfo], options: BenchOption
                 times, startup = with_ray.times, with_ray.startup
     return Figures(
         setting, sample.cpu, sample.wall, material.source_read_s, sample.image_bytes, sample.part_bytes,
-        sample.num_failed, material.num_images, num_tasks * material.per_shard, rates, times, startup, tried,
+        sample.num_failed, material.num_images, num_tasks * material.per_shard, rates, times, startup, tried, round(load, 2),
     )  # fmt: skip
 
 

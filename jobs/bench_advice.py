@@ -9,6 +9,7 @@ from jobs.bench_figures import ENCODE, RAY, Figures
 from jobs.wording import rate, size
 
 NEAR = 0.97  # of the best rate: as good, within what such a measurement can tell
+BUSY_SHARE = 0.25  # of the cores, wanted by others: too much to measure beside
 WORTH = 1.03  # times as fast: less than that is no reason to change anything
 BUSY = 0.9  # an encoder that has work for so much of the time is the limit
 SPARE = 1.2  # more of what feeds another than it needs on the average
@@ -17,7 +18,23 @@ ENOUGH = 0.85  # of the ideal: nothing to complain about
 
 def advice(figures: Figures) -> list[str]:
     """One sentence or two each, the most worth first."""
-    return [*_limit(figures), *_cores_for_gpus(figures), *_actors(figures), *_batch_size(figures), *_reading(figures)]
+    return [
+        *_company(figures),
+        *_limit(figures),
+        *_cores_for_gpus(figures),
+        *_actors(figures),
+        *_batch_size(figures),
+        *_reading(figures),
+    ]
+
+
+def _company(figures: Figures) -> Iterator[str]:
+    """What others take of the cores makes rates by the clock smaller, and CPU seconds hardly."""
+    if figures.load > BUSY_SHARE * figures.setting.cores:
+        yield (
+            f"Other work was on this machine (load {figures.load:.1f} on {figures.setting.cores} cores): the rates are "
+            "of what it left, the ideal is of all cores. Measure again when it is quiet."
+        )
 
 
 def _limit(figures: Figures) -> Iterator[str]:

@@ -100,7 +100,7 @@ class Figures:
     """`cpu` and `wall`: each stage alone, on one thread. `source_read_s`: reading an image of the configured shards, by
     the clock; the rest is measured on copies of `num_images` of them beside the output. `rates` by the names above; a
     round has `num_round_images`. `times`: of all actors with Ray, in all rounds. `sweep`: empty where the encoder is
-    free, or would be compiled for each size."""
+    free, or would be compiled for each size. `load`: processes that wanted a core in the minute before."""
 
     setting: Setting
     cpu: StageCosts
@@ -115,6 +115,7 @@ class Figures:
     times: StageTimes
     startup: Startup
     sweep: tuple[BatchRate, ...]
+    load: float
 
     @property
     def core_s(self) -> float:

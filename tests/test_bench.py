@@ -45,7 +45,7 @@ def figures(setting: Setting = CPU, **changes: Any) -> Figures:
         "cpu": COSTS, "wall": COSTS, "source_read_s": 0.0002, "image_bytes": 40_000.0, "part_bytes": 500.0,
         "num_failed": 0, "num_images": 1024, "num_round_images": 2048,
         "times": StageTimes(read_s=1, pixels_s=3, encode_s=15, write_s=1, model_busy_s=9.5, open_s=10),
-        "startup": Startup(3.0, 8.0, 9.0), "sweep": (), **changes,
+        "startup": Startup(3.0, 8.0, 9.0), "sweep": (), "load": 0.1, **changes,
     }  # fmt: skip
     spread = {name: Rates((rate, 0.9 * rate, 1.1 * rate)) for name, rate in rates.items()}
     return Figures(setting=setting, rates=spread, **values)
@@ -89,6 +89,11 @@ def test_of_a_free_encoder_nobody_says_how_busy_it_is() -> None:
     out = io.StringIO()
     print_bench(free, Console(file=out, width=80))
     assert "400,000   360,000   440,000              –" in out.getvalue()
+
+
+def test_other_work_on_the_machine_is_said_first() -> None:
+    assert advice(figures(load=3.2))[0].startswith("Other work was on this machine (load 3.2 on 8 cores)")
+    assert "Other work" not in said(figures(load=1.9))
 
 
 def test_cores_for_a_gpu_are_counted() -> None:
