@@ -100,7 +100,8 @@ def measure(run: TokenizeRun, shards: Sequence[ObjectInfo], options: BenchOption
                 times, startup = with_ray.times, with_ray.startup
     return Figures(
         setting, sample.cpu, sample.wall, material.source_read_s, sample.image_bytes, sample.part_bytes,
-        sample.num_failed, material.num_images, num_tasks * material.per_shard, rates, times, startup, tried, round(load, 2),
+        sample.num_failed, material.num_images, num_tasks * material.per_shard, rates, times, startup, tried,
+        round(load, 2),
     )  # fmt: skip
 
 
