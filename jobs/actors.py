@@ -233,8 +233,10 @@ class ActorPool:
             yield from self._lost(slot, message, culprits, blameless=not culprits)
 
     def _deadline_s(self, call: Call) -> float:
+        """An actor may first wait for its decode task to begin: that is no fault of the shard."""
         assert call.work is not None
-        return self._pace.deadline_s(_size(call.work), call.work.charged)
+        decode = self._settings.decode
+        return self._pace.deadline_s(_size(call.work), call.work.charged) + (decode.wait_s if decode else 0.0)
 
     def _leave_draining_nodes(self) -> Iterator[GivenUp]:
         """Actors there get nothing new, finish what they hold, and are started again elsewhere."""

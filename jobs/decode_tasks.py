@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -14,13 +15,15 @@ from ray.exceptions import RayError, RayTaskError
 
 from jobs.cluster import SWITCH_INTERVAL_S, in_few_words
 from jobs.decode_place import BATCHES_AHEAD, DecodeTasks
+from jobs.pace import LEAST_DEADLINE_S
 from pipeline.decode_shard import DecodeJob, ThreadDecoder
 from pipeline.errors import ShardCrashed, ShardError, StorageError
 from pipeline.records import ObjectInfo, PixelBatch
 
 RETRIES = 3  # of a task whose process or node died. Ray gives each batch once all the same
-SILENT_S = 600.0  # without a batch, of a task that has begun: longer than a store is asked again for
-IMPATIENT_S = 5.0  # the wait for a task to begin, after one did not
+SILENT_S = 0.8 * LEAST_DEADLINE_S  # without a batch, of a task that has begun: before its actor is taken to hang
+IMPATIENT_S = 5.0  # the wait for a task to begin, once the first was waited for
+AT_WORK_S = 30.0  # since a task was heard of: whoever waits may just be behind it in the line
 HERE_FOR_S = 60.0  # decode in the actor, when a task did not begin, before another is tried
 
 
@@ -48,6 +51,7 @@ class TaskDecoder:
             _generator_backpressure_num_objects=BATCHES_AHEAD,
         )(decode_shard)
         self._here_until, self._now = 0.0, time.monotonic
+        self._knows_cluster, self._heard_at = False, -math.inf  # whether one was waited for; when one was heard of
         self._note, self._lock = "", threading.Lock()
         self._here: ThreadDecoder | None = None
 
@@ -75,24 +79,31 @@ class TaskDecoder:
             self._here.close()
 
     def _has_begun(self, stream: Any) -> bool:
-        """Waits as long as a cluster may take to grow; but when tasks lack a place, not for each shard again."""
-        wait_s = self._wait_s if self._here_until == 0 else min(IMPATIENT_S, self._wait_s)
-        if ray.wait([stream], timeout=wait_s)[0]:
-            self._here_until = 0.0
-            return True
+        """Waits as long as a cluster may take to grow; but not again, once one has begun or could not, except behind
+        tasks of this decoder that get on."""
+        began = self._now()
+        while not ray.wait([stream], timeout=max(0.0, min(IMPATIENT_S, began + self._wait_s - self._now())))[0]:
+            now = self._now()
+            if now - began >= self._wait_s or (self._knows_cluster and now - self._heard_at > AT_WORK_S):
+                self._decode_here(now, now - began)
+                return False
+        self._knows_cluster, self._heard_at, self._here_until = True, self._now(), 0.0
+        return True
+
+    def _decode_here(self, now: float, waited_s: float) -> None:
         with self._lock:
-            self._here_until = self._now() + HERE_FOR_S
+            self._knows_cluster, self._here_until = True, now + HERE_FOR_S
             self._note = (
-                f"no decode task began within {wait_s:.0f} s, so shards are decoded in the actor for now: asked for "
+                f"no decode task began within {waited_s:.0f} s, so shards are decoded in the actor for now: asked for "
                 f"{self._asked_for}; ray.decode=threads decodes all of them there, ray.wait_s is how long to wait"
             )
-        return False
 
     def _taken(self, stream: Any, shard: ObjectInfo) -> Generator[PixelBatch, None, None]:
         """Views of the object store: a batch's place there is free again when nobody holds the batch."""
         while True:
             if not ray.wait([stream], timeout=SILENT_S)[0]:
                 raise ShardCrashed(shard.url, f"its decode task gave nothing for {SILENT_S:.0f} s")
+            self._heard_at = self._now()
             reference = next(stream, None)
             if reference is None:
                 return

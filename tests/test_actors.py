@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from jobs.actors import _REASONS, ActorPool
 from jobs.cluster import ClusterError
+from jobs.decode_place import DecodeTasks
 from jobs.dispatch import Dispatch, GivenUp
+from jobs.pace import LEAST_DEADLINE_S
 from pipeline.errors import PublishFailed, RunHeld, ShardError
 from pipeline.plan import ShardTask
 from pipeline.records import ObjectInfo, ShardResult
@@ -138,6 +141,16 @@ def test_a_slow_shard_that_fails_everywhere_is_quarantined_after_its_attempts_al
     outcomes = run(actors, "abcdef")
     assert quarantined(outcomes) == {"f": ("shard_truncated" if nature == "raises" else "shard_crashed", 3)}
     assert sum(shard == "f" for _, shard, _ in actors.given) == 4
+
+
+@pytest.mark.parametrize(("in_tasks", "attempts"), [(True, 1), (False, 2)])
+def test_the_wait_for_a_decode_task_is_not_charged_to_the_shard(in_tasks: bool, attempts: int) -> None:
+    actors = SimulatedActors(seconds=slow_at_first("f", LEAST_DEADLINE_S + 250.0))
+    decode = DecodeTasks(cpus=1, resources={}, labels={}, wait_s=300) if in_tasks else None
+    dispatch = Dispatch(tasks("abcdef"), attempts=3, in_flight_limit=2)
+    with ActorPool(actors, replace(settings(1), decode=decode), actors.now) as pool:
+        done = {one.shard: one.attempts for one in pool.run(dispatch) if isinstance(one, ShardResult)}
+    assert done == {**dict.fromkeys("abcde", 1), "f": attempts}
 
 
 def test_an_actor_that_hangs_on_what_another_has_finished_gets_nothing_more() -> None:

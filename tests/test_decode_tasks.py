@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from jobs import decode_tasks
 from jobs.decode_place import DecodeTasks
-from jobs.decode_tasks import TaskDecoder
+from jobs.decode_tasks import AT_WORK_S, IMPATIENT_S, SILENT_S, TaskDecoder
+from jobs.pace import LEAST_DEADLINE_S
 from make_data import image_bytes, listed, sample_members, tar_bytes
 from pipeline.decode_shard import DecodeJob, Decoder, ThreadDecoder
 from pipeline.errors import ShardCrashed, ShardError, ShardTruncated, StorageError
 from pipeline.images import ImageSpec
 from pipeline.metadata import MetadataColumn
+from pipeline.ranged_reader import BLOCK_TIMEOUT_S
 from pipeline.records import ObjectInfo, PixelBatch
 
 JOB = DecodeJob(ImageSpec(size=16).to_json(), (MetadataColumn("caption", "txt"),), batch_size=4, threads=2)
@@ -141,6 +144,47 @@ class DeadlyJob(DecodeJob):
         if name == "require_end_marker":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getattribute__(name)
+
+
+class Line:
+    """Stands in for ray.wait, in simulated time: a stream is its task's moment of beginning."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, decoder: TaskDecoder) -> None:
+        self.time, self.decoder = 0.0, decoder
+        monkeypatch.setattr(decode_tasks.ray, "wait", self.wait)
+        monkeypatch.setattr(decoder, "_now", lambda: self.time)
+
+    def wait(self, streams: list[float], timeout: float) -> tuple[list[float], list[float]]:
+        begun = [stream for stream in streams if stream <= self.time + timeout]
+        self.time = max(self.time, begun[0]) if begun else self.time + timeout
+        return begun, []
+
+    def waited(self, begins: float) -> tuple[bool, float]:
+        start = self.time
+        return self.decoder._has_begun(begins), self.time - start
+
+
+def test_only_the_first_wait_is_as_long_as_a_cluster_takes_to_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line(monkeypatch, TaskDecoder(JOB, replace(TASKS, wait_s=300)))
+    assert line.waited(290.0) == (True, 290.0)
+    line.time = 1000.0  # all that began has ended, and the CPUs are gone
+    assert line.waited(math.inf) == (False, IMPATIENT_S)
+    assert f"within {IMPATIENT_S:.0f} s" in line.decoder.take_note()
+    line.time = 2000.0
+    assert line.waited(2001.0) == (True, 1.0)
+    line.time = 3000.0
+    assert line.waited(math.inf) == (False, IMPATIENT_S)
+
+
+def test_behind_tasks_of_its_own_that_get_on_a_shard_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line(monkeypatch, TaskDecoder(JOB, replace(TASKS, wait_s=300)))
+    assert line.waited(0.0) == (True, 0.0)
+    assert line.waited(AT_WORK_S) == (True, AT_WORK_S)
+    assert line.waited(math.inf) == (False, AT_WORK_S + IMPATIENT_S)
+
+
+def test_a_task_that_falls_silent_fails_before_its_actor_is_taken_to_hang() -> None:
+    assert BLOCK_TIMEOUT_S < SILENT_S < LEAST_DEADLINE_S
 
 
 @pytest.mark.parametrize(
