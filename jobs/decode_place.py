@@ -1,5 +1,5 @@
-"""Where shards are decoded, on how many threads, and how many at once: as configured; where the config says nothing,
-by what the cluster has. Pure: knows nodes as numbers, and no Ray."""
+"""How many actors there are, where shards are decoded, on how many threads, and how many at once: as configured; where
+the config says nothing, by what the cluster has. Pure: knows nodes as numbers, and no Ray."""
 
 from __future__ import annotations
 
@@ -67,6 +67,32 @@ class DecodePlace:
         return f"decode tasks of {self.threads} threads ({self.tasks}), {self.shards_in_flight} for each actor"
 
 
+def num_actors_on(nodes: Sequence[Node], settings: RaySettings, num_shards: int) -> int:
+    """As configured; else as many as the nodes have room for with their decode tasks: one at least, and no more than
+    there are shards."""
+    beside = task_cpus(settings, settings.decode_threads or 1) if takes_tasks(settings, nodes) else 0.0
+    resources = {name: sum(node.resources.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    fitting = fitting_actors(resources, settings.gpus_per_actor, settings.cpus_per_actor, beside)
+    return settings.num_actors or max(1, min(fitting, num_shards))
+
+
+def fitting_actors(
+    resources: Mapping[str, float], gpus_per_actor: float, cpus_per_actor: float, cpus_beside: float = 0.0
+) -> int:
+    """By the GPUs, or by the CPUs where an actor takes no GPU. `cpus_beside`: left for each actor's decode tasks."""
+    name, each = ("GPU", gpus_per_actor) if gpus_per_actor else ("CPU", cpus_per_actor + cpus_beside)
+    return int(resources.get(name, 0.0) / each) if each else 1
+
+
+def can_hold_an_actor(node: Node, settings: RaySettings) -> bool:
+    return node.cpus >= settings.cpus_per_actor and node.resources.get("GPU", 0.0) >= settings.gpus_per_actor
+
+
+def task_cpus(settings: RaySettings, threads: int) -> float:
+    """That Ray sets aside for a decode task of so many threads; may be 0."""
+    return threads if settings.decode_cpus is None else settings.decode_cpus
+
+
 def takes_tasks(settings: RaySettings, nodes: Sequence[Node]) -> bool:
     """`auto`: where the config says which nodes decode, or where GPUs stand beside many CPUs of other machines."""
     if settings.decode != "auto":
@@ -89,8 +115,10 @@ def decode_place(settings: RaySettings, nodes: Sequence[Node], num_actors: int, 
 def _on_threads(settings: RaySettings, nodes: Sequence[Node], num_actors: int) -> DecodePlace:
     """An actor's share of the CPUs of the largest machine that may hold it, actors spread evenly over these."""
     hosts = _hosts(settings, nodes)
-    actors_a_node = -(-num_actors // max(1, len(hosts)))
-    share = int(max((node.cpus for node in hosts), default=1) / actors_a_node)
+    largest = max(hosts, key=lambda node: node.cpus, default=Node({"CPU": 1}))
+    can_hold = fitting_actors(largest.resources, settings.gpus_per_actor, settings.cpus_per_actor)
+    actors_a_node = min(-(-num_actors // max(1, len(hosts))), max(1, can_hold))  # others wait for nodes to come
+    share = int(largest.cpus / actors_a_node)
     threads = settings.decode_threads or max(1, min(MAX_DECODE_THREADS, share))
     return DecodePlace(threads, settings.shards_in_flight or SHARDS_ON_THREADS)
 
@@ -100,11 +128,21 @@ def _in_tasks(settings: RaySettings, nodes: Sequence[Node], num_actors: int) -> 
     spare = spare_cpus(settings, nodes, num_actors)
     per_actor = spare / num_actors
     threads = settings.decode_threads or _between(1, math.ceil(per_actor / MAX_SHARDS_IN_TASKS), MAX_TASK_THREADS)
-    cpus = threads if settings.decode_cpus is None else settings.decode_cpus
+    cpus = task_cpus(settings, threads)
     tasks = DecodeTasks(cpus, settings.decode_resources, settings.decode_labels, settings.wait_s)
     fitting = _fitting(tasks, _decoding(settings, nodes), spare)
-    in_flight = settings.shards_in_flight or _between(2, int(fitting / num_actors), MAX_SHARDS_IN_TASKS)
+    in_flight = settings.shards_in_flight or _between(2, fitting / num_actors, MAX_SHARDS_IN_TASKS)
     return DecodePlace(threads, in_flight, tasks, "" if fitting >= 1 else _lack(settings, nodes, tasks, spare))
+
+
+def most_in_flight(settings: RaySettings, cpus: int) -> int:
+    """Shards of all actors together, in tasks on one machine of so many CPUs, whatever else it has: a bound."""
+    each = task_cpus(settings, settings.decode_threads or 1)
+    by_cpus = fitting_actors({"CPU": cpus}, 0.0, settings.cpus_per_actor, each)
+    num_actors = settings.num_actors or max(1, cpus if settings.gpus_per_actor else by_cpus)
+    per_actor = cpus / each / num_actors if each else math.inf
+    in_flight = settings.shards_in_flight or math.ceil(max(2, min(MAX_SHARDS_IN_TASKS, per_actor)))
+    return num_actors * in_flight
 
 
 def spare_cpus(settings: RaySettings, nodes: Sequence[Node], num_actors: int) -> float:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.decode_place import DecodePlace, Node, decode_place, takes_tasks
+from jobs.decode_place import DecodePlace, Node, decode_place, num_actors_on
 from jobs.tokenize_config import RaySettings
 
 THIS = "this machine"
@@ -51,16 +51,8 @@ def _quota(cgroup: Path) -> int | None:
 
 
 def actors_on(machine: Machine, settings: RaySettings, num_shards: int) -> int:
-    """How many actors a run has there: as configured; else one for each GPU (or each CPU, where no GPU is asked for),
-    one at least, and no more than there are shards. As jobs/pool_settings.py, which asks Ray."""
-    per_actor, there = settings.gpus_per_actor, machine.gpus
-    if not per_actor:
-        beside = (
-            (settings.decode_cpus or settings.decode_threads or 1) if takes_tasks(settings, [_node(machine)]) else 0
-        )
-        per_actor, there = settings.cpus_per_actor + beside, machine.cpus
-    fitting = int(there / per_actor) if per_actor else 1
-    return settings.num_actors or max(1, min(fitting, num_shards))
+    """How many actors a run has there, by the run's own rule."""
+    return num_actors_on([_node(machine)], settings, num_shards)
 
 
 def decoding_on(machine: Machine, settings: RaySettings, num_actors: int) -> DecodePlace:

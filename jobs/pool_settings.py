@@ -5,16 +5,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 
 import ray
 
-from jobs.cluster import OBJECT_STORE_BYTES
-from jobs.decode_place import BATCHES_AHEAD, DecodeTasks, Node, decode_place, node_of, takes_tasks
+from jobs.cluster import OBJECT_STORE_BYTES, describe_resources
+from jobs.decode_place import (
+    BATCHES_AHEAD,
+    DecodeTasks,
+    Node,
+    can_hold_an_actor,
+    decode_place,
+    most_in_flight,
+    node_of,
+    num_actors_on,
+)
 from jobs.tokenize_config import RaySettings, TokenizeConfig
 
 log = logging.getLogger(__name__)
+SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,22 @@ class PoolSettings:
     elastic: bool = False  # more actors when the cluster has more room
     decode_threads: int = 1
     decode: DecodeTasks | None = None
+    waited_s: float = 0.0  # of wait_s, already, and in vain
 
 
 def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
-    """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for)."""
-    nodes = [node_of(described) for described in ray.nodes() if described["Alive"]]
-    settings, num_actors = config.ray, _num_actors(config.ray, nodes, num_shards)
+    """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for). Where a
+    cluster that may grow has no node for an actor yet, waits for the first, and decodes as befits that one."""
+    settings, waited_s = config.ray, 0.0
     may_grow = bool(settings.address or os.environ.get("RAY_ADDRESS"))  # not one of our own, on this machine
+    if not (room := _has_room(settings)) and may_grow and not (room := _comes_up(settings)):
+        waited_s = settings.wait_s
+    if not room:
+        wanted = f"{settings.gpus_per_actor:g} GPU" if settings.gpus_per_actor else f"{settings.cpus_per_actor:g} CPU"
+        more = "" if settings.num_actors else ": one actor is asked for; ray.num_actors asks for more"
+        log.warning("no node has the %s of an actor yet%s", wanted, more)
+    nodes = _nodes()
+    num_actors = num_actors_on(nodes, settings, num_shards)
     place = decode_place(settings, nodes, num_actors, may_grow=may_grow)
     log.info("%d actors; %s", num_actors, place)
     if place.lack:
@@ -46,25 +65,40 @@ def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
     return PoolSettings(
         num_actors, settings.gpus_per_actor, settings.cpus_per_actor, place.shards_in_flight, settings.wait_s,
         config.shard_deadline_s, config.retry_pause_s, settings.num_actors is None, place.threads, place.tasks,
+        waited_s,
     )  # fmt: skip
 
 
-def _num_actors(settings: RaySettings, nodes: Sequence[Node], num_shards: int) -> int:
-    if settings.num_actors:
-        return settings.num_actors
-    cpus_beside = (settings.decode_cpus or settings.decode_threads or 1) if takes_tasks(settings, nodes) else 0.0
-    fitting = fitting_actors(settings.gpus_per_actor, settings.cpus_per_actor, cpus_beside)
-    if not fitting:
-        name = "GPU" if settings.gpus_per_actor else "CPU"
-        log.warning("the cluster has no %s yet: one actor is asked for; ray.num_actors asks for more", name)
-    return max(1, min(fitting, num_shards))
+def _nodes() -> list[Node]:
+    return [node_of(described) for described in ray.nodes() if described["Alive"]]
 
 
-def fitting_actors(gpus_per_actor: float, cpus_per_actor: float, cpus_beside: float = 0.0) -> int:
-    """How many the cluster has room for now: by its GPUs, or by its CPUs where an actor takes no GPU. `cpus_beside`:
-    left for each actor's decode tasks."""
-    name, each = ("GPU", gpus_per_actor) if gpus_per_actor else ("CPU", cpus_per_actor + cpus_beside)
-    return int(ray.cluster_resources().get(name, 0) / each) if each else 1
+def _has_room(settings: RaySettings) -> bool:
+    return any(can_hold_an_actor(node, settings) for node in _nodes())
+
+
+def _comes_up(settings: RaySettings) -> bool:
+    """Whether there is place for an actor within ray.wait_s. It is asked for: some clusters grow only for those who
+    wait in them."""
+    place = ray.remote(num_gpus=settings.gpus_per_actor, num_cpus=settings.cpus_per_actor)(_nothing)
+    calls = [place.remote() for _ in range(settings.num_actors or 1)]
+    until = time.monotonic() + settings.wait_s
+    try:
+        while (left_s := until - time.monotonic()) > 0:
+            log.warning(
+                "no node can hold an actor yet; waiting up to %.0f s (ray.wait_s) for the first, which decides what "
+                "ray.decode and ray.decode_threads leave open; the cluster has %s", left_s, describe_resources(),
+            )  # fmt: skip
+            if ray.wait(calls, num_returns=1, timeout=min(SAY_EVERY_S, left_s))[0]:
+                return True
+        return False
+    finally:
+        for call in calls:
+            ray.cancel(call)
+
+
+def _nothing() -> None:
+    """Runs where there is place for it."""
 
 
 def store_bytes(config: TokenizeConfig, image_size: int) -> int:
@@ -72,6 +106,5 @@ def store_bytes(config: TokenizeConfig, image_size: int) -> int:
     may wait there: of each shard in flight the batches ahead, one being put there and one being encoded."""
     if config.ray.decode != "tasks":
         return OBJECT_STORE_BYTES
-    num_shards = (config.ray.num_actors or os.cpu_count() or 1) * (config.ray.shards_in_flight or 2)
     batch_bytes = config.batch_size * image_size * image_size * 3
-    return max(OBJECT_STORE_BYTES, num_shards * (BATCHES_AHEAD + 2) * batch_bytes)
+    return max(OBJECT_STORE_BYTES, most_in_flight(config.ray, os.cpu_count() or 1) * (BATCHES_AHEAD + 2) * batch_bytes)

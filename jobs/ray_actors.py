@@ -10,9 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from jobs.cluster import describe_resources, draining_nodes, in_few_words
+from jobs.cluster import cluster_resources, describe_resources, draining_nodes, in_few_words
+from jobs.decode_place import fitting_actors
 from jobs.decode_tasks import RETRIES
-from jobs.pool_settings import PoolSettings, fitting_actors
+from jobs.pool_settings import PoolSettings
 from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor, Tokenized
 from pipeline.plan import ShardTask
 from pipeline.records import ShardResult
@@ -113,7 +114,7 @@ class RayActors:
     def fitting(self) -> int:
         settings = self._settings
         cpus_beside = settings.decode.cpus if settings.decode else 0.0
-        return fitting_actors(settings.gpus_per_actor, settings.cpus_per_actor, cpus_beside)
+        return fitting_actors(cluster_resources(), settings.gpus_per_actor, settings.cpus_per_actor, cpus_beside)
 
     def resources(self) -> str:
         return describe_resources()

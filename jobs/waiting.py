@@ -32,7 +32,8 @@ class Waiting:
 
     def __init__(self, settings: PoolSettings, now: Callable[[], float], resources: Callable[[], str]) -> None:
         self._settings, self._now, self._resources = settings, now, resources
-        self._since = self._said = now()
+        self._said = now()
+        self._since = self._said - settings.waited_s
 
     def check(self, any_ready: bool, last_loss: str) -> None:
         """Raises ClusterError when no actor was ready for longer than ray.wait_s, also saying what the last one was

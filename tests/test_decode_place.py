@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from jobs.config import ConfigError, check
-from jobs.decode_place import DecodePlace, Node, decode_place, fulfils, node_of, spare_cpus, takes_tasks
+from jobs.decode_place import (
+    DecodePlace,
+    Node,
+    decode_place,
+    fulfils,
+    most_in_flight,
+    node_of,
+    num_actors_on,
+    spare_cpus,
+    takes_tasks,
+)
 from jobs.tokenize_config import RaySettings
 
 ONE_MACHINE = [Node({"CPU": 2})]
@@ -54,6 +64,12 @@ def test_auto_takes_tasks_where_other_machines_have_cpus_that_count(
         (GPU_MACHINE, 8, {"gpus_per_actor": 1}, 4),
         (SMALL_HEAD, 16, {"gpus_per_actor": 1}, 12),  # no actor can be on the head
         ([Node({"CPU": 256, "GPU": 1})], 1, {"gpus_per_actor": 1}, 64),
+        (
+            [Node({"CPU": 16, "GPU": 1})],
+            8,
+            {"gpus_per_actor": 1},
+            16,
+        ),  # seven of the actors wait for more such machines
         (GPU_MACHINE, 8, {"gpus_per_actor": 1, "decode_threads": 7}, 7),
         ([], 1, {}, 1),
     ],
@@ -74,6 +90,7 @@ def test_threads_in_an_actor_are_its_share_of_its_machine(
         (MIXED, 2, {"gpus_per_actor": 1, "decode_resources": {"decoder": 0.1}, "decode_cpus": 0.5}, 2, 16),
         (ONE_MACHINE, 1, {"decode": "tasks"}, 1, 2),
         (MIXED, 8, {"gpus_per_actor": 1, "shards_in_flight": 3, "decode_threads": 5}, 5, 3),
+        (MIXED, 8, {"gpus_per_actor": 1, "decode_cpus": 0}, 2, 16),
     ],
 )
 def test_as_many_tasks_for_each_actor_as_the_cpus_that_no_actor_holds_allow(
@@ -115,6 +132,50 @@ def test_where_no_task_can_begin_it_is_said_and_a_cluster_that_cannot_grow_gets_
     assert said in growing.lack and growing.lack == fixed.lack
     assert growing.tasks is not None and growing.shards_in_flight == 2
     assert fixed.tasks is None
+
+
+@pytest.mark.parametrize(
+    ("values", "actors"),
+    [
+        ({}, 8),
+        ({"decode": "tasks"}, 4),
+        ({"decode": "tasks", "decode_threads": 3}, 2),
+        ({"decode": "tasks", "decode_cpus": 0}, 8),
+        ({"decode": "tasks", "decode_cpus": 0, "cpus_per_actor": 0}, 1),
+        ({"decode": "tasks", "decode_cpus": 9}, 1),
+        ({"gpus_per_actor": 0.5}, 1),
+    ],
+)
+def test_actors_leave_their_decode_tasks_as_many_cpus_as_these_take(values: dict[str, Any], actors: int) -> None:
+    assert num_actors_on([Node({"CPU": 8})], settings(**values), 100) == actors
+    assert num_actors_on([Node({"CPU": 3}), Node({"CPU": 5})], settings(**values), 100) == actors
+    assert num_actors_on([Node({"CPU": 8})], settings(**values, num_actors=3), 1) == 3
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 8, 64])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"num_actors": 1},
+        {"num_actors": 3, "shards_in_flight": 40},
+        {"decode_cpus": 0},
+        {"decode_cpus": 0.25},
+        {"cpus_per_actor": 0},
+        {"cpus_per_actor": 0, "num_actors": 1},
+        {"gpus_per_actor": 1},
+        {"gpus_per_actor": 1, "cpus_per_actor": 0, "decode_threads": 2},
+    ],
+)
+def test_never_more_shards_are_in_flight_on_one_machine_than_its_object_store_is_made_for(
+    values: dict[str, Any], cpus: int
+) -> None:
+    chosen = settings(decode="tasks", **values)
+    nodes = [Node({"CPU": cpus, "GPU": min(2, cpus)})]
+    for num_shards in (1, 5, 1000):
+        num_actors = num_actors_on(nodes, chosen, num_shards)
+        in_flight = decode_place(chosen, nodes, num_actors, may_grow=False).shards_in_flight
+        assert num_actors * in_flight <= most_in_flight(chosen, cpus)
 
 
 def test_what_was_chosen_is_said_in_a_line() -> None:
