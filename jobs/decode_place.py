@@ -156,8 +156,7 @@ def spare_cpus(settings: RaySettings, nodes: Sequence[Node], num_actors: int) ->
 
 def _hosts(settings: RaySettings, nodes: Sequence[Node]) -> list[Node]:
     """The nodes that actors may be on; all of them while none has what they want."""
-    with_gpu = [node for node in nodes if node.has_gpu]
-    return with_gpu if settings.gpus_per_actor > 0 and with_gpu else list(nodes)
+    return [node for node in nodes if can_hold_an_actor(node, settings)] or list(nodes)
 
 
 def _decoding(settings: RaySettings, nodes: Iterable[Node]) -> list[Node]:

@@ -71,6 +71,7 @@ def test_auto_takes_tasks_where_other_machines_have_cpus_that_count(
             16,
         ),  # seven of the actors wait for more such machines
         (GPU_MACHINE, 8, {"gpus_per_actor": 1, "decode_threads": 7}, 7),
+        ([Node({"CPU": 0}), Node({"CPU": 6})], 3, {}, 2),  # nor on a head without CPUs
         ([], 1, {}, 1),
     ],
 )
