@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.decode_threads import Submits
 from pipeline.images import ImageSpec, SampleError, decode_image
 from pipeline.metadata import MetadataColumn, MetadataError, read_metadata
 from pipeline.records import DecodedSample, FailureReason, PixelBatch, RawSample, SampleFailure, Stage
@@ -25,7 +26,7 @@ def pixel_batches(
     samples: Iterable[RawSample],
     spec: ImageSpec,
     batch_size: int,
-    executor: Executor,
+    executor: Submits,
     *,
     columns: Sequence[MetadataColumn] = (),
 ) -> Generator[PixelBatch, None, None]:
@@ -96,7 +97,7 @@ def _decoded_in_order(
     samples: Iterator[RawSample],
     spec: ImageSpec,
     columns: Sequence[MetadataColumn],
-    executor: Executor,
+    executor: Submits,
     ahead: int,
 ) -> Iterator[Decoded | SampleFailure]:
     waiting: deque[tuple[Future[Decoded | SampleFailure], int]] = deque()

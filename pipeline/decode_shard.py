@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.batches import pixel_batches
+from pipeline.decode_threads import DecodeThreads
 from pipeline.images import ImageSpec
 from pipeline.memory_budget import keep_large_blocks_apart
 from pipeline.metadata import MetadataColumn
@@ -38,12 +38,12 @@ class Decoder(Protocol):
 
 
 class ThreadDecoder:
-    """Reads on the caller's thread, and decodes on threads that all shards share."""
+    """Reads on the caller's thread, and decodes on threads that all shards share, the oldest first."""
 
     def __init__(self, job: DecodeJob) -> None:
         keep_large_blocks_apart()
         self._job, self._spec = job, ImageSpec.from_json(job.image_spec)
-        self._executor = ThreadPoolExecutor(job.threads, thread_name_prefix="decode")
+        self._threads = DecodeThreads(job.threads)
 
     def batches(self, shard: ObjectInfo) -> Generator[PixelBatch, None, None]:
         job = self._job
@@ -53,9 +53,9 @@ class ThreadDecoder:
             image_extensions=job.image_extensions,
             require_end_marker=job.require_end_marker,
         )
-        batches = pixel_batches(samples, self._spec, job.batch_size, self._executor, columns=job.columns)
+        batches = pixel_batches(samples, self._spec, job.batch_size, self._threads.next_shard(), columns=job.columns)
         with closing(samples), closing(batches):
             yield from batches
 
     def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        self._threads.close()
