@@ -163,7 +163,7 @@ def test_a_lease_that_was_not_renewed_is_taken_over_from_any_host(
         assert stored(output)["host"] == socket.gethostname()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff", *DAMAGED])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff", *DAMAGED], ids=range(6 + len(DAMAGED)))
 def test_a_damaged_lease_is_taken_over(output: OutputPrefix, content: bytes) -> None:
     storage.publish(output.file("lease.json"), content)
     with Lease(output):
