@@ -261,7 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.device != "cpu" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --device cpu --small runs the code, for figures that mean nothing")
-    logging.disable(logging.WARNING)
     bench = Bench(torch.device(chosen.device), small=chosen.small, rounds=chosen.rounds)
     batches = chosen.batches or ([4] if chosen.small else [32, 64, 128])
     threads = len(os.sched_getaffinity(0))
@@ -271,4 +270,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()
