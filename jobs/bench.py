@@ -21,11 +21,12 @@ from jobs.bench_ray import ray_rounds
 from jobs.bench_report import bench_json, print_bench
 from jobs.bench_sources import FreeSource, MarkedSource
 from jobs.bench_sweep import sweep
+from jobs.decode_place import fitting_actors
 from jobs.estimate import speed
 from jobs.machine import THIS, Machine, actors_on, decoding_on, this_machine
 from jobs.progress import JobProgress
 from jobs.stage_costs import StageSample, measure_stages, scratch
-from jobs.tokenize_config import TokenizeConfig
+from jobs.tokenize_config import RaySettings, TokenizeConfig
 from jobs.tokenize_run import TokenizeRun
 from pipeline.errors import PipelineError
 from pipeline.images import ImageSpec
@@ -139,7 +140,7 @@ def _setting(run: TokenizeRun, num_shards: int, options: BenchOptions) -> Settin
         raise CannotMeasure(
             "the run encodes on GPUs (ray.gpus_per_actor), and this machine has none that torch can use"
         )
-    num_actors = actors_on(machine, config.ray, num_shards)
+    num_actors = min(actors_on(machine, config.ray, num_shards), _room(machine, config.ray))
     decoding = decoding_on(machine, config.ray, num_actors)
     return Setting(
         FREE if options.free else run.table.tokenizer_id,
@@ -157,6 +158,12 @@ def _setting(run: TokenizeRun, num_shards: int, options: BenchOptions) -> Settin
         decoding.tasks is not None,
         decoding.shards_in_flight,
     )
+
+
+def _room(machine: Machine, settings: RaySettings) -> int:
+    """For actors: the config may name more of them, for a cluster."""
+    resources = {"CPU": machine.cpus, "GPU": machine.gpus}
+    return max(1, fitting_actors(resources, settings.gpus_per_actor, settings.cpus_per_actor or 1))
 
 
 def _per_shard(setting: Setting, options: BenchOptions) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jobs.tokenize_actor import Source
 
 ENCODE_FOR_S = 1.5
+DIED = "a process of the benchmark died: is there memory enough for so many?"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
 
@@ -102,8 +103,11 @@ class Processes:
         return float(num_images / (time.perf_counter() - started))
 
     def _call(self, what: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        for connection, some in zip(self._connections, arguments, strict=True):
-            connection.send((what, some))
+        try:
+            for connection, some in zip(self._connections, arguments, strict=True):
+                connection.send((what, some))
+        except ConnectionError as error:
+            raise ProcessFailed(DIED) from error
         return self._answers()
 
     def _answers(self) -> list[Any]:
@@ -113,7 +117,7 @@ class Processes:
         try:
             good, value = connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise ProcessFailed("a process of the benchmark died: is there memory enough for so many?") from error
+            raise ProcessFailed(DIED) from error
         if not good:
             raise ProcessFailed(str(value))
         return value

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
+from typing import Any
 
 from jobs.actors import ActorPool
 from jobs.bench_figures import Setting, Startup
@@ -52,7 +53,7 @@ def ray_rounds(
     """A Ray of our own, whatever cluster the config names, for the block. `first`: tasks that the actors begin with,
     one for each at least. Raises ClusterError, RunFailed."""
     started = time.time()
-    config = _as_measured(config, setting)
+    config = as_measured(config, setting)
     with connected("local", store_bytes(config, setting.image_size)):
         up = time.time()
         settings = pool_settings(config, len(first))
@@ -64,10 +65,20 @@ def ray_rounds(
             yield RayRounds(pool, startup, settings.shards_in_flight)
 
 
-def _as_measured(config: TokenizeConfig, setting: Setting) -> TokenizeConfig:
-    """Of the same size as what is measured without Ray, on this machine; a free encoder takes no GPU."""
-    size = {"address": None, "num_actors": setting.num_actors, "gpus_per_actor": setting.gpus_per_actor}
-    return config.model_copy(update={"ray": config.ray.model_copy(update=size)})
+def as_measured(config: TokenizeConfig, setting: Setting) -> TokenizeConfig:
+    """Of the same size as what is measured without Ray, on this machine, which has no nodes to choose among; a free
+    encoder takes no GPU."""
+    here: dict[str, Any] = {
+        "address": None,
+        "num_actors": setting.num_actors,
+        "gpus_per_actor": setting.gpus_per_actor,
+        "shards_in_flight": setting.shards_in_flight,
+        "decode": "tasks" if setting.decodes_in_tasks else "threads",
+        "decode_threads": setting.decode_threads,
+        "decode_labels": {},
+        "decode_resources": {},
+    }
+    return config.model_copy(update={"ray": config.ray.model_copy(update=here)})
 
 
 def _run_until_all_are_loaded(

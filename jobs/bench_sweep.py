@@ -17,7 +17,7 @@ from pipeline.records import ImageTokenizer
 SIZES = (16, 32, 64, 128, 256)
 TURNS = 3
 TURN_S = 0.3  # of one size; one batch at least
-SLOWEST_BATCH_S = 3.0  # a size that would take longer isn't tried
+MOST_BATCH_S = 3.0  # a size that would take longer isn't tried
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def sweep(source: TokenizerSource, batches: Sequence[NDArray[np.uint8]], image_s
     """The median of a few turns for SIZES and the source's own; the sizes take turns, so that a passing disturbance
     hits all. `image_s`: what an image takes, about."""
     sizes = sorted({*SIZES, source.batch_size})
-    tried = {size: _try(source, batches, size) for size in sizes if size * image_s <= SLOWEST_BATCH_S}
+    tried = {size: _try(source, batches, size) for size in sizes if size * image_s <= MOST_BATCH_S}
     there = {size: one for size, one in tried.items() if one is not None}
     turns = [{size: one.rate() for size, one in there.items()} for _ in range(TURNS)]
     return tuple(
@@ -49,8 +49,8 @@ def _try(source: TokenizerSource, batches: Sequence[NDArray[np.uint8]], size: in
     """None where it doesn't fit into the device's memory."""
     number = -(-size // len(batches[0]))
     pixels_BHWC = np.concatenate([batches[n % len(batches)] for n in range(number)])[:size]
-    tokenizer = replace(source, batch_size=size).load()
     try:
+        tokenizer = replace(source, batch_size=size).load()
         tokenizer.encode(pixels_BHWC)
     except (RuntimeError, MemoryError) as error:
         if "memory" not in f"{type(error).__name__} {error}".lower():

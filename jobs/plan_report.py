@@ -56,7 +56,7 @@ def plan_json(planned: PlannedRun) -> dict[str, Any]:
     """All shards by name, and every figure."""
     plan, sample = planned.plan, planned.sample
     return {
-        "output": planned.run.output.url,
+        "output": public_url(planned.run.output.url),
         "tokenizer_id": planned.run.table.tokenizer_id,
         "driver_at_work": planned.is_held,
         "num_shards": plan.num_shards,
@@ -105,7 +105,7 @@ def plan_lines(planned: PlannedRun, command: str) -> Iterator[str]:
 def _lines(planned: PlannedRun) -> Iterator[tuple[str, str]]:
     plan, table = planned.plan, planned.run.table
     height, width = table.grid
-    yield "run", planned.run.output.url + (" (a driver is at work there)" if planned.is_held else "")
+    yield "run", public_url(planned.run.output.url) + (" (a driver is at work there)" if planned.is_held else "")
     yield "tokenizer", f"{table.tokenizer_id} · {height}x{width} tokens of {table.codebook_size:,} codes"
     yield "plan", plan.describe()
     yield from _named("to do", [_task_text(planned, task) for task in plan.todo])
@@ -142,7 +142,7 @@ def _sample_lines(planned: PlannedRun, sample: Sample) -> Iterator[tuple[str, st
     failed = f", {stages.num_failed:,} of them bad" if stages.num_failed else ""
     how = f"{numerics['device']}, {numerics['precision']}, batch {numerics['batch_size']}"
     yield "sample", f"{stages.cpu.num_images:,} images of {base_name(public_url(sample.shard))}{failed} ({how})"
-    yield "", "ms an image on one thread: " + costs_text(stages.wall)
+    yield "", "ms an image on one thread: " + costs_text(stages.wall) + " (to a local folder)"
 
 
 def costs_text(costs: StageCosts) -> str:

@@ -60,10 +60,6 @@ class StageCosts:
     def total_s(self) -> float:
         return self.read_s + self.decode_s + self.encode_s + self.write_s
 
-    def ideal(self, cores: float) -> float:
-        """Images a second of cores that do everything, never wait and never do anything else."""
-        return cores / self.total_s
-
 
 @dataclass(frozen=True)
 class StageSample:

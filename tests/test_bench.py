@@ -21,11 +21,13 @@ from jobs.bench_advice import advice
 from jobs.bench_figures import DECODE, ENCODE, FREE, NO_RAY, RAY, BatchRate, Figures, Rates, Setting, Startup
 from jobs.bench_material import copied
 from jobs.bench_processes import Crew, Processes, ProcessFailed
+from jobs.bench_ray import as_measured
 from jobs.bench_report import bench_json, print_bench
 from jobs.bench_sources import ENCODED, LOADED, FreeSource, MarkedSource
 from jobs.bench_sweep import sweep
 from jobs.checkpoints import TokenizerSource, read_head
 from jobs.stage_costs import StageCosts
+from jobs.tokenize_run import TokenizeRun
 from make_data import FakeTokenizer, fake_table, write_checkpoint, write_shards
 from make_run import run_config, write_shard
 from pipeline.output import OutputPrefix
@@ -248,6 +250,16 @@ def test_a_gpu_that_is_not_here_is_said_before_anything_is_measured(checkpoint: 
     with pytest.raises(CannotMeasure, match="this machine has none"):
         run_bench(config, BenchOptions(), as_json=True)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*bench*"))
+
+
+def test_a_config_for_a_cluster_is_measured_as_this_machine_would_run_it(checkpoint: Path, tmp_path: Path) -> None:
+    cluster = {"num_actors": 500, "address": "ray://far:1", "decode_labels": {"pool": "cpu"}, "decode_threads": 3}
+    config = run_config(checkpoint, tmp_path / "in", tmp_path / "out", ray=cluster)
+    setting = bench_module._setting(TokenizeRun.of(config), 1000, BenchOptions())
+    assert setting.num_actors == setting.cores
+    measured = as_measured(config, replace(setting, decodes_in_tasks=False)).ray
+    assert (measured.address, measured.num_actors, measured.decode) == (None, setting.cores, "threads")
+    assert measured.decode_labels == {}  # no node of a Ray of our own has any: its tasks would wait for ever
 
 
 def test_an_encoder_that_takes_minutes_is_said(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.stage_costs import NothingToMeasure, StageCosts, measure_stages, stage_costs
+from jobs.stage_costs import NothingToMeasure, measure_stages, stage_costs
 from make_data import FakeTokenizer, fake_table, image_bytes, listed, tar_bytes, write_shards
 from pipeline.images import ImageSpec
 from pipeline.output import OutputPrefix
@@ -71,8 +71,3 @@ def test_shards_without_a_good_image_are_said(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(tar_bytes([("a.jpg", b"no image")]))
     with pytest.raises(NothingToMeasure, match="none of the first 1 images"):
         stage_costs([listed(tmp_path / "bad.tar")], SPEC, FakeTokenizer(), job(tmp_path), 10)
-
-
-def test_the_ideal_is_all_cores_on_all_stages() -> None:
-    costs = StageCosts(read_s=0.001, decode_s=0.004, encode_s=0.014, write_s=0.001)
-    assert costs.ideal(cores=2) == pytest.approx(100)
