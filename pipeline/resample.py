@@ -58,12 +58,13 @@ class Choice:
 
 
 def choose(rows: Iterable[ShardResult], share: float, seed: int) -> list[Choice]:
-    """By `seed`, the shard's URL and the sample's index alone; a larger share if it gave nothing, so that at least
-    one sample is chosen where there is one. `rows`: of shards that are done."""
+    """By `seed`, the shard's URL and the sample's index alone; a larger share if it gave too few, so that at least
+    one image with tokens is chosen where there is one. `rows`: of shards that are done."""
     done = [row for row in rows if row.num_rows]
     while True:
         chosen = [choice for row in done if (choice := Choice(row, _indexes(row, share, seed))).indexes]
-        if chosen or not done or share >= 1.0:
+        # which ones failed, only the parts know: where more are chosen than failed, one of them has tokens
+        if any(len(choice.indexes) > choice.row.num_failed for choice in chosen) or not done or share >= 1.0:
             return chosen
         share = min(1.0, max(share, 1e-9) * 2)
 

@@ -106,7 +106,7 @@ class Row:
 ROWS = (
     Row("free", "free model, 128 px, Lanczos", 128, "lanczos", 6144, 2048, 512),
     Row("gpu", "simulated GPU of 1,000 images/s, 128 px, Lanczos", 128, "lanczos", 6144, 1024, 512, image_s=GPU_S),
-    Row("cpu", "small CPU model, 128 px, Lanczos", 128, "lanczos", 1024, 1024, 256, on_gpu=False),
+    Row("cpu", "small CPU model, 128 px, Lanczos", 128, "lanczos", 2048, 1024, 256, on_gpu=False),
     Row("pillow256", "free model, 256 px, bicubic: Pillow decodes for all", 256, "bicubic", 2048, 1024, 512),
     Row("pillow128", "free model, 128 px, box filter: Pillow decodes for all", 128, "box", 4096, 3072, 512),
 )
