@@ -23,7 +23,8 @@ BLOCK_BYTES = (
     3 << 18
 )  # under the worker's mmap threshold of 1 MiB: such memory comes from the heap, without page faults
 LEAST_CODES, MOST_IN_BLOCK = 2048, 1024
-TRIES = 3
+TRIES = 5
+NEARLY = 1.25
 
 
 class PackedSearch:
@@ -85,7 +86,7 @@ def packed_search(tables: CodeTables, plain: CodeSearch, num_rows: int) -> Packe
     z_NC = torch.randn(plain.rows + num_rows % plain.rows, tables.keys_KC.shape[1], generator=seeded()).relu_()
     if not torch.equal(packed.logits(z_NC), plain.logits(z_NC)):
         return None
-    return packed if _seconds(lambda: packed(z_NC)) < _seconds(lambda: plain(z_NC)) else None
+    return packed if _time_ratio(lambda: packed(z_NC), lambda: plain(z_NC)) < 1.0 else None
 
 
 def images_at_once(batch_size: int, bytes_per_image: int) -> int:
@@ -95,8 +96,10 @@ def images_at_once(batch_size: int, bytes_per_image: int) -> int:
 
 
 def is_better(way: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
-    """The same bits, in less time."""
-    return torch.equal(way().clone(), plain()) and _seconds(way) < _seconds(plain)
+    """The same bits with less memory, and not in much more time: what the larger memory costs, the trial doesn't show.
+    In a run other threads allocate in between, so that the kernel gives it anew for each batch (measured: 240 page
+    faults an image, a twelfth of all CPU time, where a batch at once looked as fast as its parts)."""
+    return torch.equal(way().clone(), plain()) and _time_ratio(way, plain) < NEARLY
 
 
 def seeded() -> torch.Generator:
@@ -104,10 +107,14 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def _time_ratio(way: Callable[[], object], plain: Callable[[], object]) -> float:
+    """Of the shortest of a few runs each, in turns: another program's burst of work meets both."""
+    times = [(_seconds(way), _seconds(plain)) for _ in range(TRIES)]
+    ways, plains = zip(*times, strict=True)
+    return float(min(ways) / min(plains))
+
+
 def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(TRIES):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -164,7 +164,8 @@ def test_a_lease_that_was_not_renewed_is_taken_over_from_any_host(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff", *DAMAGED], ids=range(6 + len(DAMAGED)))
-def test_a_damaged_lease_is_taken_over(output: OutputPrefix, content: bytes) -> None:
+def test_a_damaged_lease_is_taken_over(output: OutputPrefix, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "SECOND_LOOK_S", 0.0)
     storage.publish(output.file("lease.json"), content)
     with Lease(output):
         assert stored(output)["pid"] == os.getpid()
