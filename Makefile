@@ -11,7 +11,7 @@ help:
 	@echo "make demo      photographs -> shards -> training -> tokens -> pictures, in ./demo-output"
 	@echo "make demo-cluster  the same through a Ray Jobs server and an S3 server of this machine, in ./demo-cluster"
 	@echo "make test      all tests but the slow ones;  make test-all: those too"
-	@echo "make bench     the tokenising engine beside a plain loop, torch's DataLoader and Ray Data, about 9 minutes"
+	@echo "make bench     the tokenising engine beside a plain loop, torch's DataLoader and Ray Data, about 14 minutes"
 	@echo "make check     ruff, mypy and the quick tests"
 	@echo "make install   just make .venv with .venv/bin/dvae in it"
 
