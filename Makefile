@@ -32,8 +32,10 @@ demo: $(READY)
 demo-cluster: $(READY)
 	$(BIN)/dvae demo --cluster
 
+# The quick ones on all cores, then the others one by one: those have clusters, servers and clocks of their own.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -m quick -n auto
+	$(BIN)/pytest -m 'not quick and not slow'
 
 test-all: $(READY)
 	$(BIN)/pytest -m ''

@@ -19,7 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from make_data import Killed, MortalStore
-from pipeline import local_disk, storage
+from pipeline import local_disk, storage, store_requests
 from pipeline.errors import NoShardsMatched, PipelineError, ShardTruncated, StorageError
 from pipeline.output import part_name
 from pipeline.records import ObjectInfo
@@ -504,7 +504,10 @@ def test_shards_behind_signed_web_addresses_are_found_and_read(tmp_path: Path, w
 
 
 @pytest.mark.server
-def test_a_web_server_that_refuses_is_not_taken_for_one_without_the_object(web: str, tmp_path: Path) -> None:
+def test_a_web_server_that_refuses_is_not_taken_for_one_without_the_object(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.5)
     make(tmp_path, "x-0.tar")
     found = storage.stat(f"{web}/x-0.tar")
     assert found is not None and found.size_bytes == 7
