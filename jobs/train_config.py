@@ -1,4 +1,4 @@
-"""What `dvae train` can be told, checked once at the door. configs/train.yaml shows every key.
+"""What `dvae train` can be told, checked once at the door. configs/train_dalle.yaml shows every key.
 
 The defaults are DALL·E's (arXiv 2102.12092). Reading files and `key=value` is config.py's.
 """

@@ -13,7 +13,9 @@ from jobs.train_output import identity
 from make_training import settings
 from model.config import Ramp
 
-SHIPPED = Path(__file__).parent.parent / "configs" / "train.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHIPPED = CONFIGS / "train_dalle.yaml"
+RECIPES = sorted(CONFIGS.glob("*train*.yaml"))
 
 
 def refused(folder: Path, **changes: Any) -> str:
@@ -39,6 +41,32 @@ def test_the_shipped_file_is_dalles_recipe() -> None:
     for section in ("model", "image", "loss", "optim", "schedule"):
         assert getattr(shipped, section) == TrainConfig.model_fields[section].default
     assert (shipped.steps, shipped.batch_size, shipped.optim.lr) == (3_000_000, 512, 1e-4)
+
+
+def test_there_is_a_recipe_for_each_kind_of_machine() -> None:
+    assert {path.name for path in RECIPES} == {
+        "demo_train.yaml", "train_dalle.yaml", "train_small.yaml", "train_tiny.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_its_schedules_end_within_its_steps(path: Path) -> None:
+    """Reaching a temperature of 1/16 is what closes the gap to argmax: a recipe that stops before it is no use."""
+    recipe = load_config(TrainConfig, str(path), ["output=o", "data.train_shards=t.tar", "data.val_shards=v.tar"])
+    ramps = {name: getattr(recipe.schedule, name) for name in ("temperature", "kl_weight", "lr", "usage_weight")}
+    assert all(ramp.warmup < ramp.steps <= recipe.steps for ramp in ramps.values())
+    assert recipe.schedule.temperature.end == 1 / 16 and recipe.schedule.temperature.steps < recipe.steps
+    assert (recipe.data.train_shards, recipe.data.val_shards) == (["t.tar"], ["v.tar"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_batch_and_streams_fit_its_workers(path: Path) -> None:
+    recipe = load_config(TrainConfig, str(path))
+    workers, streams = max(1, recipe.ray.num_workers), recipe.data.num_streams
+    assert recipe.batch_size % streams == 0 == streams % workers
+    assert recipe.eval.every_steps and recipe.steps % recipe.eval.every_steps == 0
+    assert recipe.steps % recipe.checkpoint.every_steps == 0
+    assert recipe.ray.use_gpu == (path.stem in ("train_dalle", "train_small"))
 
 
 def test_a_ramp_given_in_part_keeps_dalles_other_numbers(tmp_path: Path) -> None:
