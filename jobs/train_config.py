@@ -25,7 +25,7 @@ class DataConfig(Section):
     val_shards: Patterns = Field(default=[])
     """Shards held out for evaluation; none of them may be among train_shards."""
     num_streams: Positive = 8
-    """Fixed streams that feed a batch; the number of workers must divide it, so that order doesn't depend on them."""
+    """Fixed streams that feed a batch, shared out over the workers, so that order doesn't depend on their number."""
     shuffle_shards: Positive = 1
     """Shards of a stream whose samples are mixed. Memory: up to 2 × this many undecoded shards a stream."""
     augment: Augment = "dalle"
@@ -92,6 +92,10 @@ class TrainConfig(Section):
     steps: Positive = 3_000_000
     batch_size: Positive = 512
     """Global: shared out over the workers."""
+    micro_batch_size: Positive | None = None
+    """Images of one forward pass of a worker; null: all that it has of a batch."""
+    max_skipped_steps: Positive = 10
+    """Steps in a row without a finite loss and gradient, after which training stops."""
     precision: Literal["fp32", "bf16"] = "bf16"
     threads: Positive = 1
     """torch threads of each worker; another number may give other rounding."""
@@ -112,8 +116,8 @@ class TrainConfig(Section):
         data, workers = self.data, max(1, self.ray.num_workers)
         if self.batch_size % data.num_streams:
             yield f"batch_size {self.batch_size} is not a multiple of data.num_streams {data.num_streams}"
-        if data.num_streams % workers:
-            yield f"data.num_streams {data.num_streams} is not a multiple of ray.num_workers {workers}"
+        if workers > data.num_streams:
+            yield f"ray.num_workers {workers} is more than data.num_streams {data.num_streams}: each needs one at least"
         if self.eval.every_steps and not data.val_shards:
             yield "data.val_shards is empty: name shards to evaluate on, or set eval.every_steps=0"
         try:

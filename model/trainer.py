@@ -7,6 +7,8 @@ Under an initialised torch.distributed the model is wrapped in DDP here; launchi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -22,9 +24,9 @@ from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, Schedu
 from model.dvae import DVAE, on_device, seeded_dvae
 from model.losses import LossParts
 from model.metrics import EvalSums, eval_sums
+from model.micro_batches import MicroBatch, Pixels, micro_batches
 from model.schedules import StepValues, values_at
 
-Pixels = Tensor | NDArray[np.uint8]
 Precision = Literal["fp32", "bf16"]
 EVALUATION_STEP = 2**62  # keys the noise of evaluations apart from that of every training step
 
@@ -52,18 +54,26 @@ class Trainer:
         seed: int,
         device: torch.device,
         precision: Precision,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
+        """`batch_size`: images of the global batch; None: all ranks have as many as this one. `micro_batch_size`:
+        of one forward pass; None: all that this rank has."""
         if precision not in get_args(Precision):
             raise ModelError(f"precision {precision!r} must be one of {get_args(Precision)}")
         self.loss_config, self.optim_config, self.schedules = loss_config, optim_config, schedule_config
         self._penalises_usage = max(schedule_config.usage_weight.start, schedule_config.usage_weight.end) > 0
         self.seed, self.device, self.precision = seed, device, precision
-        self.step, self.skipped_steps = 0, 0
+        self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
+        self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
         self.model = on_device(seeded_dvae(dvae_config, seed), device)
         self._average = _moving_average(self.model, optim_config.ema_decay)
         self._optimizer = _adamw(self.model, optim_config)
         self._distributed = dist.is_available() and dist.is_initialized()
-        self._forward = _in_ddp(self.model, device) if self._distributed else self.model
+        self._world_size = dist.get_world_size() if self._distributed else 1
+        ddp = _in_ddp(self.model, device) if self._distributed else None
+        self._forward: nn.Module = self.model if ddp is None else ddp
+        self._gradients_stay_here = nullcontext if ddp is None else ddp.no_sync
 
     @property
     def averaged_model(self) -> DVAE:
@@ -77,19 +87,25 @@ class Trainer:
     def train_step(self, pixels_BHWC: Pixels, slots_B: NDArray[np.int64]) -> dict[str, float]:
         """One update from this rank's share of the global batch; `slots_B` are its positions in that batch.
 
-        The figures are this rank's, but for `grad_norm` and `skipped`, on which all ranks agree.
+        The loss is the mean over the global batch, whatever the shares of the ranks and the micro-batches. So are
+        the figures, and the same on all ranks.
         """
         values = values_at(self.schedules, self.step)
-        parts = self._loss(pixels_BHWC, slots_B, values)
-        parts.loss.backward()  # type: ignore[no-untyped-call]
+        batch_size = self._batch_size or len(slots_B) * self._world_size
+        sums = self._backward(micro_batches(pixels_BHWC, slots_B, batch_size, self._micro_batch_size), values)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim_config.grad_clip or math.inf)
-        updated = self._finite_everywhere(parts.loss.detach(), grad_norm)
+        figures = self._over_ranks(sums | {"grad_norm": grad_norm.double() / self._world_size})
+        updated = all(map(math.isfinite, figures.values()))  # of all ranks, so that all skip the same steps
         if updated:
             self._update(values)
         self._optimizer.zero_grad(set_to_none=True)
-        self.skipped_steps += not updated
-        self.step += 1
-        return self._figures(parts, values, grad_norm, updated)
+        self._count(updated)
+        return figures | {
+            "temperature": values.temperature,
+            "kl_weight": values.kl_weight,
+            "lr": self.optim_config.lr * values.lr,
+            "skipped": float(not updated),
+        }
 
     def evaluate(self, pixels_BHWC: Pixels) -> EvalSums:
         """With the averaged weights and the temperature of the current step."""
@@ -115,6 +131,7 @@ class Trainer:
         state = training_state.state_tensors(self.model, self._average, self._optimizer)
         state["trainer.step"] = torch.tensor(self.step)
         state["trainer.skipped_steps"] = torch.tensor(self.skipped_steps)
+        state["trainer.skipped_in_a_row"] = torch.tensor(self.skipped_in_a_row)
         return state
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
@@ -123,16 +140,47 @@ class Trainer:
         training_state.load_state_tensors(state, self.model, self._average, self._optimizer)
         self.step = int(training_state.taken(state, "trainer.step", scalar))
         self.skipped_steps = int(training_state.taken(state, "trainer.skipped_steps", scalar))
+        in_a_row = state.get("trainer.skipped_in_a_row")  # states of before have none
+        self.skipped_in_a_row = 0 if in_a_row is None else int(in_a_row)
 
-    def _loss(self, pixels_BHWC: Pixels, slots_B: NDArray[np.int64], values: StepValues) -> LossParts:
-        x_BCHW = self._mapped(pixels_BHWC)
-        keys_B2 = quantizer.noise_keys(self.seed, self.step, slots_B).to(self.device)
+    def _backward(self, batches: Sequence[MicroBatch], values: StepValues) -> dict[str, Tensor]:
+        """Adds up the gradients; what this rank has of the global batch's figures."""
+        mean_K = self._mean_posterior(batches) if self._penalises_usage and self._micro_batch_size else None
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            with nullcontext() if batch.is_last else self._gradients_stay_here():
+                parts = self._loss(batch, values, mean_K)
+                (parts.loss * batch.weight(self._world_size)).backward()  # type: ignore[no-untyped-call]
+            for name, value in _measured(parts).items():
+                own = value.detach().double() * batch.share
+                sums[name] = sums[name] + own if name in sums else own
+        return sums
+
+    def _loss(self, batch: MicroBatch, values: StepValues, mean_K: Tensor | None) -> LossParts:
+        """`mean_K`: the mean posterior of the global batch, if it is known already."""
+        x_BCHW = self._mapped(batch.pixels_BHWC)
+        keys_B2 = quantizer.noise_keys(self.seed, self.step, batch.slots_B).to(self.device)
         with self._autocast():
             stats_BCHW, logits_NK = self._forward(x_BCHW, keys_B2, values.temperature)
         parts = losses.loss_parts(stats_BCHW, x_BCHW, logits_NK, values.kl_weight, self.loss_config)
         if not self._penalises_usage:
             return parts
-        return losses.with_usage(parts, x_BCHW, logits_NK, values.usage_weight, self._mean_over_ranks)
+        over_batch: Callable[[Tensor], Tensor] = lambda own_K: (  # noqa: E731
+            self._summed(own_K * batch.share) if mean_K is None else mean_K
+        )
+        return losses.with_usage(parts, x_BCHW, logits_NK, values.usage_weight, over_batch)
+
+    @torch.no_grad()
+    def _mean_posterior(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """(K,), over the global batch, by a pass of its own through the encoder: the usage term is no sum over
+        micro-batches, so its gradient needs this before the first of them. All ranks must call it."""
+        shares = []
+        for batch in batches:
+            with self._autocast():
+                z_NC = self.model.encode(self._mapped(batch.pixels_BHWC))
+            logits_NK = quantizer.logits(z_NC, self.model.tables())
+            shares.append(torch.softmax(logits_NK, dim=-1).mean(dim=0) * batch.share)
+        return self._summed(torch.stack(shares).sum(dim=0))
 
     @torch.no_grad()
     def _reconstructions(self, pixels_BHWC: Pixels) -> Reconstructions:
@@ -151,19 +199,20 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _finite_everywhere(self, loss: Tensor, grad_norm: Tensor) -> bool:
-        """A loss may be non-finite on one rank alone; all ranks must skip the same steps."""
-        finite = (torch.isfinite(loss) & torch.isfinite(grad_norm)).to(torch.int32)
-        if self._distributed:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return bool(finite)
+    def _over_ranks(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        """Their sums over the ranks, with one transfer from the device."""
+        return dict(zip(figures, self._summed(torch.stack(list(figures.values()))).tolist(), strict=True))
 
-    def _mean_over_ranks(self, x: Tensor) -> Tensor:
-        if not self._distributed:
-            return x
-        mean = x / dist.get_world_size()
-        dist.all_reduce(mean)
-        return mean
+    def _summed(self, x: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        if self._distributed:
+            dist.all_reduce(x)
+        return x
+
+    def _count(self, updated: bool) -> None:
+        self.step += 1
+        self.skipped_steps += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
 
     def _update(self, values: StepValues) -> None:
         for group in self._optimizer.param_groups:
@@ -171,24 +220,14 @@ class Trainer:
         self._optimizer.step()
         self._average.update_parameters(self.model)
 
-    def _figures(self, parts: LossParts, values: StepValues, grad_norm: Tensor, updated: bool) -> dict[str, float]:
-        measured = {
-            "loss": parts.loss,
-            "nats_per_value": parts.reconstruction,
-            "kl": parts.kl,
-            **({} if parts.usage_kl is None else {"usage_kl": parts.usage_kl}),
-            "grad_norm": grad_norm,
-        }
-        numbers = torch.stack(list(measured.values())).detach().tolist()  # one transfer from the device
-        return dict(zip(measured, numbers, strict=True)) | {
-            "temperature": values.temperature,
-            "kl_weight": values.kl_weight,
-            "lr": self.optim_config.lr * values.lr,
-            "skipped": float(not updated),
-        }
+
+def _measured(parts: LossParts) -> dict[str, Tensor]:
+    """By the names of the metrics."""
+    usage = {} if parts.usage_kl is None else {"usage_kl": parts.usage_kl}
+    return {"loss": parts.loss, "nats_per_value": parts.reconstruction, "kl": parts.kl, **usage}
 
 
-def _in_ddp(model: DVAE, device: torch.device) -> nn.Module:
+def _in_ddp(model: DVAE, device: torch.device) -> DistributedDataParallel:
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 

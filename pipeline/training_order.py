@@ -44,10 +44,11 @@ class StreamOptions:
         return self.batch_size // self.num_streams
 
     def streams_of(self, rank: int, world_size: int) -> range:
-        if self.num_streams % world_size:
-            raise ValueError(f"{world_size} workers do not divide data.num_streams {self.num_streams}")
-        per_worker = self.num_streams // world_size
-        return range(rank * per_worker, (rank + 1) * per_worker)
+        """Whole streams, shared out as evenly as can be: shares differ by one stream at most."""
+        if world_size > self.num_streams:
+            raise ValueError(f"{world_size} workers are more than data.num_streams {self.num_streams}")
+        first, end = (self.num_streams * number // world_size for number in (rank, rank + 1))
+        return range(first, end)
 
 
 @dataclass(frozen=True)

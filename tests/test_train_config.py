@@ -78,7 +78,7 @@ def test_a_ramp_given_in_part_keeps_dalles_other_numbers(tmp_path: Path) -> None
     ("changes", "said"),
     [
         ({"batch_size": 6}, "batch_size 6 is not a multiple of data.num_streams 4"),
-        ({"ray": {"num_workers": 3}}, "data.num_streams 4 is not a multiple of ray.num_workers 3"),
+        ({"ray": {"num_workers": 5}}, "ray.num_workers 5 is more than data.num_streams 4: each needs one at least"),
         ({"data": {"val_shards": []}}, "data.val_shards is empty"),
         ({"image": {"size": 20}}, "image.size with model.downsample: image size 20 is not a multiple of"),
         ({"data": {"train_shards": []}}, "data.train_shards"),

@@ -156,6 +156,22 @@ def test_a_non_finite_step_is_skipped_counted_and_leaves_the_weights_alone(poiso
         assert _train(trainer, 1)["skipped"] == 0.0
 
 
+def test_skips_in_a_row_are_counted_apart_and_over_a_resume():
+    trainer, broken = _trainer(), torch.from_numpy(_batch(0)).float().fill_(float("nan"))
+    for _ in range(2):
+        trainer.train_step(broken, np.arange(6))
+    state = trainer.state_tensors()
+    resumed = _trainer()
+    resumed.load_state_tensors(state)
+    resumed.train_step(broken, np.arange(6))
+    assert (resumed.skipped_steps, resumed.skipped_in_a_row) == (3, 3)
+    _train(resumed, 1)
+    assert (resumed.skipped_steps, resumed.skipped_in_a_row) == (3, 0)
+    del state["trainer.skipped_in_a_row"]  # as before it was counted
+    resumed.load_state_tensors(state)
+    assert (resumed.skipped_steps, resumed.skipped_in_a_row) == (2, 0)
+
+
 def test_the_usage_term_is_reported_where_it_has_a_weight():
     assert "usage_kl" not in _train(_trainer(), 1)
     figures = _train(_trainer(usage=0.5), 1)

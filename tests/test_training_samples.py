@@ -69,10 +69,11 @@ def global_batches(shards: list[ObjectInfo], opts: StreamOptions, world_size: in
     return out
 
 
-def test_order_is_the_same_for_one_two_and_four_workers_on_unequal_shards(tmp_path: Path) -> None:
+def test_order_is_the_same_for_one_to_four_workers_on_unequal_shards(tmp_path: Path) -> None:
+    """Three workers have unequal shares: one, one and two of the four streams."""
     shards = unequal_shards(tmp_path)
-    one, two, four = (global_batches(shards, options(), world_size, 12) for world_size in (1, 2, 4))
-    assert one == two == four
+    one, two, three, four = (global_batches(shards, options(), world_size, 12) for world_size in (1, 2, 3, 4))
+    assert one == two == three == four
     assert len({tuple(batch) for batch in one}) == 12
 
 
@@ -186,9 +187,17 @@ def test_one_good_image_among_empty_shards_is_enough(tmp_path: Path) -> None:
     assert global_batches(expand([str(tmp_path)]), options(), 2, 3) == [[0] * 8] * 3
 
 
-def test_workers_that_do_not_divide_the_streams_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 workers do not divide data.num_streams 4"):
-        TrainingSamples(unequal_shards(tmp_path), options(), rank=0, world_size=3)
+@pytest.mark.parametrize(("num_streams", "world_size"), [(4, 1), (4, 3), (64, 10), (7, 7)])
+def test_streams_are_shared_out_whole_in_order_and_as_evenly_as_can_be(num_streams: int, world_size: int) -> None:
+    opts = options(num_streams=num_streams, batch_size=num_streams)
+    shares = [opts.streams_of(rank, world_size) for rank in range(world_size)]
+    assert [stream for share in shares for stream in share] == list(range(num_streams))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_workers_than_streams_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"5 workers are more than data\.num_streams 4"):
+        TrainingSamples(unequal_shards(tmp_path), options(), rank=0, world_size=5)
 
 
 def test_held_out_images_are_the_first_ones_shared_out_by_rank(tmp_path: Path) -> None:
