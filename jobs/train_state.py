@@ -44,6 +44,8 @@ def new_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         seed=config.seed,
         device=ranks.device,
         precision=config.precision,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
     )
 
 
@@ -59,26 +61,37 @@ def resume(trainer: Trainer, config: TrainConfig, output: TrainOutput, ranks: Ra
     return Progress.from_json(checkpoint.extra["progress"])
 
 
-def resumable_files(trainer: Trainer, config: TrainConfig, ranks: Ranks, progress: Progress) -> dict[str, bytes]:
-    """A checkpoint to go on from."""
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint before it is bytes: copies on the CPU, which later steps leave alone."""
+
+    step: int
+    weights: dict[str, Any]  # tensors by name, like the state
+    state: dict[str, Any] | None
+    config: TrainConfig
+    extra: dict[str, Any]
+
+    def files(self) -> dict[str, bytes]:
+        """In the order in which to publish them. May be made on another thread."""
+        return checkpoint_files(
+            weights=self.weights,
+            dvae_config=self.config.model,
+            image_spec=self.config.image.to_json(),
+            step=self.step,
+            training_state=self.state,
+            extra=self.extra,
+        )
+
+
+def checkpoint_of(trainer: Trainer, config: TrainConfig, ranks: Ranks, progress: Progress) -> Snapshot:
+    """To go on from."""
     extra = {"progress": progress.to_json(), **_origin(config, ranks)}
-    return _files(trainer, config, trainer.state_tensors(), extra)
+    return Snapshot(trainer.step, trainer.averaged_weights(), trainer.state_tensors(), config, extra)
 
 
-def model_files(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> dict[str, bytes]:
+def model_of(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> Snapshot:
     """The finished model alone."""
-    return _files(trainer, config, None, _origin(config, ranks))
-
-
-def _files(trainer: Trainer, config: TrainConfig, state: Any, extra: dict[str, Any]) -> dict[str, bytes]:
-    return checkpoint_files(
-        weights=trainer.averaged_weights(),
-        dvae_config=config.model,
-        image_spec=config.image.to_json(),
-        step=trainer.step,
-        training_state=state,
-        extra=extra,
-    )
+    return Snapshot(trainer.step, trainer.averaged_weights(), None, config, _origin(config, ranks))
 
 
 def _origin(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:

@@ -6,33 +6,27 @@ Driven by steps, never by the end of a shard list, so unequal shards or fewer sh
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Literal, Protocol
 
 from jobs.train_config import TrainConfig
 from jobs.train_evaluation import Evaluation
+from jobs.train_limits import counts, judge_data, judge_skips
 from jobs.train_metrics import Journal, Window
 from jobs.train_output import TrainOutput
 from jobs.train_progress import Status
 from jobs.train_ranks import Ranks
-from jobs.train_state import Progress, merged, model_files, new_trainer, resumable_files, resume
+from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of, new_trainer, resume
 from jobs.train_tensorboard import wants_events
+from jobs.train_uploads import Uploads
 from pipeline import storage
-from pipeline.errors import PipelineError
 from pipeline.records import ObjectInfo
 from pipeline.training_order import StreamCursor, StreamOptions
 from pipeline.training_samples import TrainingSamples
 
 Ending = Literal["finished", "stopped"]
 BEAT_S = 1.0
-MIN_SAMPLES_JUDGED = 100  # before the share of bad ones says anything
-
-
-class TooMuchBadData(PipelineError):
-    """More bad images or unreadable shards than the run allows."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Driver(Protocol):
 def train(job: TrainJob, ranks: Ranks, driver: Driver) -> Ending:
     """From the newest checkpoint (or the start) to the last step, or until the driver asks to stop."""
     config = job.config
-    with closing(TrainingRun(job, ranks, driver)) as run:
+    with TrainingRun(job, ranks, driver) as run:
         stopping = run.heartbeat()
         while run.step < config.steps and not stopping:
             run.update()
@@ -83,6 +77,15 @@ class TrainingRun:
         self._speed, self._line_speed = Speed(self.step), Speed(self.step)
         self._status = Status(step=self.step)
         self._next_beat = self.step
+        self._uploads = Uploads()
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._samples.close()
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            self._uploads.wait_beside(error)
 
     @property
     def step(self) -> int:
@@ -93,19 +96,21 @@ class TrainingRun:
         return bool(every_steps) and (self.step % every_steps == 0 or self.step == self._config.steps)
 
     def update(self) -> None:
+        """One step. Raises Diverged, on all ranks alike."""
         batch = self._samples.next_batch()
         self._window.add(self._trainer.train_step(batch.pixels_BHWC, batch.slots_B))
+        judge_skips(self._config, self.step, self._trainer.skipped_in_a_row)
 
     def log(self) -> None:
         """One training line. Raises TooMuchBadData, on all ranks alike."""
         cursors = self._all_cursors()
-        figures, counts = self._window.close(), _counts(cursors)
+        figures, counted = self._window.close(), counts(cursors)
         figures["skipped_steps"] = self._trainer.skipped_steps
         if self._journal is not None:
             images_per_s = round(self._line_speed.lap(self.step) * self._config.batch_size, 1)
-            self._journal.add("train", self.step, {**figures, **counts, "images_per_s": images_per_s})
-        self._status = replace(self._status, loss=figures["loss"], num_bad_images=counts["num_bad_images"])
-        _judge(self._job, counts, cursors)
+            self._journal.add("train", self.step, {**figures, **counted, "images_per_s": images_per_s})
+        self._status = replace(self._status, loss=figures["loss"], num_bad_images=counted["num_bad_images"])
+        judge_data(self._config, self._job.train_shards, cursors)
 
     def evaluate(self) -> None:
         assert self._evaluation is not None
@@ -124,25 +129,30 @@ class TrainingRun:
         return stopping
 
     def save(self) -> None:
-        """A checkpoint to go on from; before it the metrics up to here, so that no line is lost."""
+        """A checkpoint to go on from; before it the metrics up to here, so that no line is lost. The state is copied
+        now, and published beside the steps that follow. Raises what the checkpoint before could not be saved for."""
         progress = Progress(self._all_cursors(), tuple(self._window.rows()))
         if self._journal is not None:
+            self._uploads.wait()
             self._journal.publish(self.step)
-            files = resumable_files(self._trainer, self._config, self._ranks, progress)
-            self._output.save_checkpoint(self.step, files, self._config.checkpoint.keep_last)
+            checkpoint = checkpoint_of(self._trainer, self._config, self._ranks, progress)
+            self._uploads.start(lambda: self._publish(checkpoint))
 
     def finish(self) -> Ending:
-        """Publish the finished model, if this is the end."""
+        """Wait for the last checkpoint; publish the finished model, if this is the end."""
+        self._uploads.wait()
         if self.step < self._config.steps:
             return "stopped"
         if self._ranks.is_first:
-            self._output.save_model(model_files(self._trainer, self._config, self._ranks))
+            self._output.save_model(model_of(self._trainer, self._config, self._ranks).files())
         return "finished"
 
-    def close(self) -> None:
-        self._samples.close()
+    def _publish(self, checkpoint: Snapshot) -> None:
+        """On the uploads' thread."""
+        self._output.save_checkpoint(checkpoint.step, checkpoint.files(), self._config.checkpoint.keep_last)
 
     def _beat(self) -> tuple[bool, int]:
+        self._uploads.check()
         steps_per_s = self._speed.lap(self.step)
         self._status = replace(self._status, step=self.step, images_per_s=steps_per_s * self._config.batch_size)
         return self._driver.report(self._status), self.step + max(1, int(steps_per_s * BEAT_S))
@@ -183,30 +193,3 @@ def _samples(job: TrainJob, ranks: Ranks, cursors: tuple[StreamCursor, ...]) -> 
         decode_threads=data.decode_threads,
         prefetch_batches=data.prefetch_batches,
     )
-
-
-def _counts(cursors: tuple[StreamCursor, ...]) -> dict[str, int]:
-    """Since step 0, over all streams."""
-    return {
-        "num_images": sum(cursor.num_used for cursor in cursors),
-        "num_bad_images": sum(cursor.num_bad for cursor in cursors),
-        "num_failed_shards": len({place for cursor in cursors for place in cursor.failed_shards}),
-    }
-
-
-def _judge(job: TrainJob, counts: dict[str, int], cursors: tuple[StreamCursor, ...]) -> None:
-    data = job.config.data
-    bad, failed = counts["num_bad_images"], counts["num_failed_shards"]
-    seen = counts["num_images"] + bad
-    if seen >= MIN_SAMPLES_JUDGED and bad > data.max_failed_samples * seen:
-        raise TooMuchBadData(
-            f"{bad} of {seen} training images are bad, over the limit data.max_failed_samples="
-            f"{data.max_failed_samples:g}; the workers' logs name the first ones"
-        )
-    if failed > data.max_failed_shards:
-        places = sorted({place for cursor in cursors for place in cursor.failed_shards})
-        names = ", ".join(storage.public_url(job.train_shards[place].url) for place in places[:3])
-        raise TooMuchBadData(
-            f"{failed} training shards cannot be read ({names}{', …' if failed > 3 else ''}), over the limit "
-            f"data.max_failed_shards={data.max_failed_shards}; repair them, or raise the limit to go on without them"
-        )

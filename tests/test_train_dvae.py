@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from PIL import Image
 from jobs import train_dvae, train_worker
 from jobs.train_dvae import TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
+from jobs.train_limits import Diverged, TooMuchBadData
 from jobs.train_output import TrainOutput, claim
 from jobs.train_progress import Status, TrainingFailed
 from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_tensorboard import TensorBoardMissing
-from jobs.train_worker import TooMuchBadData, TrainJob, train
+from jobs.train_worker import TrainJob, train
 from make_data import write_shards
 from make_training import config, metric_lines, settings, weights, write_training_data
 from pipeline import storage
@@ -161,11 +163,14 @@ def test_trains_from_and_to_a_bucket(s3: str, folder: Path, monkeypatch: pytest.
     assert storage.read_bytes(f"{s3}/run/model/model.safetensors") == weights(folder / "calm", STEPS)[2]
 
 
+@pytest.mark.parametrize("step", [10, STEPS])
 def test_a_store_that_fails_while_training_leaves_a_run_to_go_on_with(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Though checkpoints are published beside the steps that follow, or none follows."""
+
     def full(url: str, data: bytes) -> None:
-        if "step-00000010" in url:
+        if f"checkpoints/step-{step:08d}" in url:
             raise StorageError(f"cannot write {url}: no space left")
         publish(url, data)
 
@@ -177,6 +182,49 @@ def test_a_store_that_fails_while_training_leaves_a_run_to_go_on_with(
     assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
     assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
     assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+
+
+def test_steps_go_on_while_a_checkpoint_is_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of step 5 is held up until step 8 is done; that of step 10 waits for it."""
+    steps_go_on, seen = threading.Event(), []
+
+    class Watches(DriverAt):
+        def report(self, status: Status) -> bool:
+            seen.append(status.step)
+            if status.step == 8:
+                steps_go_on.set()
+            return super().report(status)
+
+    def slow(url: str, data: bytes) -> None:
+        if "checkpoints/step-00000005" in url:
+            assert steps_go_on.wait(20), "the checkpoint stops the steps"
+            assert 10 not in seen, "a second checkpoint did not wait"
+        publish(url, data)
+
+    publish = storage.publish
+    monkeypatch.setattr(storage, "publish", slow)
+    interrupt(folder, tmp_path, Watches(stop=12), monkeypatch)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000005", "step-00000010", "step-00000012"]
+    monkeypatch.undo()
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+
+
+@pytest.mark.parametrize("kill", [None, 7])
+def test_steps_without_a_finite_loss_end_the_run_at_the_same_step_also_after_a_kill(
+    folder: Path, tmp_path: Path, kill: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update makes the weights huge, so that every step from the second on is skipped."""
+    diverges = {"optim": {"lr": 1e30}, "max_skipped_steps": 10}
+    if kill is not None:
+        interrupt(folder, tmp_path, DriverAt(kill=kill), monkeypatch, **diverges)
+        assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000005")
+    with pytest.raises(Diverged, match=r"the last 10 of 11 steps .* max_skipped_steps=10.*optim\.lr") as ended:
+        run_training(config(folder, output=str(tmp_path), **diverges), "dvae train")
+    assert ended.value.exit_code == 1
 
 
 def test_more_steps_take_a_finished_run_further(folder: Path, tmp_path: Path) -> None:
