@@ -97,6 +97,10 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = 10
     """Steps in a row without a finite loss and gradient, after which training stops."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    """The convolutions with torch.compile: half a minute or more at the start, faster steps, other rounding."""
+    checkpoint_activations: bool = False
+    """Keep fewer activations and compute the others twice: the same bits in less memory, slower."""
     threads: Positive = 1
     """torch threads of each worker; another number may give other rounding."""
 

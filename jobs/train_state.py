@@ -46,6 +46,8 @@ def new_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         precision=config.precision,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
+        compile=config.compile,
+        checkpoint_activations=config.checkpoint_activations,
     )
 
 

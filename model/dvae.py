@@ -9,11 +9,13 @@ convolution stay in fp32, whatever autocast says.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model import quantizer
 from model.config import DVAEConfig, ModelError
@@ -83,8 +85,20 @@ def _group(
     return nn.Sequential(layers)
 
 
+def _through(blocks: Iterable[nn.Module], x_BCHW: Tensor, *, recomputes: bool) -> Tensor:
+    """`recomputes`: of each group only what goes in is kept; the backward pass computes the rest again, bit for bit."""
+    for block in blocks:
+        if recomputes and torch.is_grad_enabled() and isinstance(block, nn.Sequential):
+            x_BCHW = checkpoint(block, x_BCHW, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BCHW = block(x_BCHW)
+    return x_BCHW
+
+
 class Encoder(nn.Module):
     """Mapped pixels (B, 3, H·f, W·f) → logits (B, K, H, W), or the code latent for the inner-product head."""
+
+    recomputes = False
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -101,12 +115,12 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(layers)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.blocks(x_BCHW)  # type: ignore[no-any-return]
+        out_BCHW: Tensor = self.output(self.body(x_BCHW))
+        return out_BCHW
 
     def body(self, x_BCHW: Tensor) -> Tensor:
         """All but the last convolution."""
-        for block in list(self.blocks)[:-1]:
-            x_BCHW = block(x_BCHW)
+        x_BCHW = _through(list(self.blocks)[:-1], x_BCHW, recomputes=self.recomputes)
         return F.relu(x_BCHW, inplace=True)
 
     @property
@@ -116,6 +130,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latent (B, K or D, H, W) → pixel statistics (B, 6, H·f, W·f): three means, three log-scales."""
+
+    recomputes = False
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -130,13 +146,11 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(layers)
 
     def forward(self, latent_BCHW: Tensor) -> Tensor:
-        return self.blocks(latent_BCHW)  # type: ignore[no-any-return]
+        return self.body(self.input(latent_BCHW))
 
     def body(self, x_BCHW: Tensor) -> Tensor:
         """All but the first convolution."""
-        for block in list(self.blocks)[1:]:
-            x_BCHW = block(x_BCHW)
-        return x_BCHW
+        return _through(list(self.blocks)[1:], x_BCHW, recomputes=self.recomputes)
 
     @property
     def input(self) -> Conv2d:
@@ -187,6 +201,10 @@ class DVAE(nn.Module):
             soft_NK = quantizer.relax(logits_NK, noise_NK, temperature)
             latent_ND = quantizer.soft_latent(soft_NK, tables)
         return Relaxed(self.decode(latent_ND, grid_BHW), logits_NK)
+
+    def recompute_activations(self) -> None:
+        """From now on, training keeps fewer activations and computes the others twice: the same bits, less memory."""
+        self.encoder.recomputes = self.decoder.recomputes = True
 
     def grid_of(self, x_BCHW: Tensor) -> Grid:
         """(B, H, W) of the tokens of these pixels."""

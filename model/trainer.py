@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import losses, quantizer, training_state
+from model.compiled import compile_convolutions
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
 from model.dvae import DVAE, on_device, seeded_dvae
 from model.losses import LossParts
@@ -56,9 +57,12 @@ class Trainer:
         precision: Precision,
         batch_size: int | None = None,
         micro_batch_size: int | None = None,
+        compile: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         """`batch_size`: images of the global batch; None: all ranks have as many as this one. `micro_batch_size`:
-        of one forward pass; None: all that this rank has."""
+        of one forward pass; None: all that this rank has. `checkpoint_activations` changes no bit, `compile` may round
+        differently; both leave evaluation as it is. Raises ModelError."""
         if precision not in get_args(Precision):
             raise ModelError(f"precision {precision!r} must be one of {get_args(Precision)}")
         self.loss_config, self.optim_config, self.schedules = loss_config, optim_config, schedule_config
@@ -68,6 +72,10 @@ class Trainer:
         self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
         self.model = on_device(seeded_dvae(dvae_config, seed), device)
         self._average = _moving_average(self.model, optim_config.ema_decay)
+        if checkpoint_activations:
+            self.model.recompute_activations()
+        if compile:
+            compile_convolutions(self.model, device)
         self._optimizer = _adamw(self.model, optim_config)
         self._distributed = dist.is_available() and dist.is_initialized()
         self._world_size = dist.get_world_size() if self._distributed else 1

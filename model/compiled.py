@@ -1,0 +1,29 @@
+"""torch.compile for training: the convolutions of encoder and decoder, for the shapes that they are first given."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model.dvae import DVAE
+from model.inference import compiling
+
+
+def compile_convolutions(model: DVAE, device: torch.device) -> None:
+    """Before the first step, and after every copy that is to stay as it is. Names of weights don't change, losses may
+    round differently. Raises ModelError where nothing can be compiled: now, and not in the first step."""
+    with compiling():
+        torch.compile(_probe, fullgraph=True)(torch.ones(16, device=device))
+    # Each block is a graph of its own, so its gradients are ready, and sent to the other ranks, before the next one's.
+    torch._dynamo.config.optimize_ddp = False
+    for block in convolutions(model):
+        block.compile(dynamic=False)
+
+
+def convolutions(model: DVAE) -> list[nn.Module]:
+    """What lies outside the bottleneck, which is not compiled: its fp32 is a promise."""
+    return [*list(model.encoder.blocks)[:-1], *list(model.decoder.blocks)[1:]]
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return torch.sin(x) + 1.0

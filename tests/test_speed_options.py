@@ -1,0 +1,100 @@
+"""Speed options of training: what is learnt stays, and so do the names of what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, Ramp, ScheduleConfig
+from model.trainer import Trainer
+
+PIXELS_BHWC = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+SCHEDULES = ScheduleConfig(Ramp(1.0, 0.5, 20), Ramp(0.0, 0.02, 10), usage_weight=Ramp(0.1, 0.1, 1))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trainer(precision: Any = "fp32", **options: Any) -> Trainer:
+    model = {name: options.pop(name) for name in ("head", "downsample", "stem") if name in options}
+    config = DVAEConfig(codebook_size=32, width=8, blocks_per_group=1, decoder_init=8, code_dim=8, **model)
+    given: dict[str, Any] = {"seed": 0, "device": torch.device("cpu"), "precision": precision, **options}
+    return Trainer(config, LossConfig("l2"), OptimConfig(lr=1e-3), SCHEDULES, **given)
+
+
+def trained(made: Trainer, steps: int = 3) -> tuple[dict[str, Tensor], dict[str, float]]:
+    figures = [made.train_step(PIXELS_BHWC, np.arange(2)) for _ in range(steps)]
+    return made.state_tensors(), figures[-1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("head", ["conv", "inner_product"])
+def test_activations_computed_again_give_the_same_bits(head: str, precision: str) -> None:
+    plain, figures = trained(trainer(precision, head=head))
+    again, figures_again = trained(trainer(precision, head=head, checkpoint_activations=True))
+    assert figures == figures_again
+    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_activations_computed_again_are_not_kept() -> None:
+    """What autograd keeps, but for the inputs of the groups; paid for with another forward pass of the groups."""
+
+    def kept_bytes_and_flops(made: Trainer) -> tuple[int, int]:
+        kept: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), FlopCounterMode(display=False) as n:
+            made.train_step(PIXELS_BHWC, np.arange(2))
+        return sum(kept), int(n.get_total_flops())
+
+    kept, flops = kept_bytes_and_flops(trainer())
+    kept_again, flops_again = kept_bytes_and_flops(trainer(checkpoint_activations=True))
+    assert kept_again < 0.4 * kept
+    assert 1.1 * flops < flops_again < 4 / 3 * flops
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_learns_the_same_under_the_same_names(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the other option, in a process group, and evaluation on another batch size. The first backend takes the
+    graphs as they are found; the second is what a run uses, and needs most of a minute for them."""
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
+    plain, expected = trained(trainer(stem="strided", downsample=4))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        made = trainer(stem="strided", downsample=4, compile=True, checkpoint_activations=True)
+        compiled, figures = trained(made)
+    finally:
+        dist.destroy_process_group()
+    assert figures == pytest.approx(expected, rel=1e-4)
+    assert plain.keys() == compiled.keys()
+    assert all(torch.allclose(plain[name], compiled[name], rtol=1e-2, atol=1e-4) for name in plain)
+    assert math.isfinite(made.evaluate(PIXELS_BHWC[:1]).metrics()["psnr_hard"])
+
+
+def test_without_a_compiler_training_says_so_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object, **__: object) -> object:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("torch.compile", lambda *_, **__: no_compiler)
+    with pytest.raises(ModelError, match=r"No working C\+\+ compiler found.*install it, or set compile=false"):
+        trainer(compile=True)
