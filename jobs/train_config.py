@@ -57,8 +57,8 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every_steps: Positive = 100
     """One line in metrics.jsonl, the mean over these steps."""
-    tensorboard: bool | None = None
-    """null: where the package is installed."""
+    tensorboard: bool = True
+    """Event files under tensorboard/."""
 
 
 class RayConfig(Section):

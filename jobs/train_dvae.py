@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.train_config import TrainConfig
+from jobs.train_health import standing
 from jobs.train_output import TrainOutput, check, claim, identity
 from jobs.train_progress import Status, StepProgress, TrainingFailed, stop_signals
-from jobs.train_tensorboard import wants_events
 from pipeline import storage
 from pipeline.errors import PipelineError, StorageError
 from pipeline.lease import Lease
@@ -38,7 +38,6 @@ def run_training(config: TrainConfig, command: str) -> int:
     Raises PipelineError (with an exit code of its own) and ModelError."""
     output = TrainOutput(storage.normalize(config.output))
     config = config.model_copy(update={"output": output.url})  # workers have another working directory
-    wants_events(config.log.tensorboard)
     train, val = _shards(config)
     mine = identity(config, train, val)
     check(output, mine)
@@ -61,6 +60,7 @@ def run_training(config: TrainConfig, command: str) -> int:
     console.print(
         f"[green]done[/]: {config.steps} steps{_quality(output)}; the model is in {escape(output.model_folder())}"
     )
+    _say_what_is_wrong(output, console)
     return FINISHED
 
 
@@ -80,6 +80,12 @@ def _quality(output: TrainOutput) -> str:
         return ""
     hard, soft, used = (evaluations[-1][name] for name in ("psnr_hard", "psnr_soft", "used_share"))
     return f", held-out PSNR {hard:.2f} dB from tokens ({soft:.2f} relaxed), {used:.0%} of the codes in use"
+
+
+def _say_what_is_wrong(output: TrainOutput, console: Console) -> None:
+    """As of the last evaluation."""
+    for finding in standing(output.read_metrics()):
+        console.print(f"[yellow]warning[/]: {escape(finding['text'])}")
 
 
 def _shards(config: TrainConfig) -> tuple[list[ObjectInfo], list[ObjectInfo]]:

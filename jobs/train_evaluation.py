@@ -1,8 +1,11 @@
-"""Evaluation on held-out images, shared out over the workers, and the picture that goes with it."""
+"""Evaluation on held-out images, shared out over the workers, and the pictures that go with it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from numpy.typing import NDArray
 
 from jobs.train_config import TrainConfig
 from jobs.train_metrics import Figures
@@ -11,14 +14,23 @@ from model.metrics import EvalSums
 from model.trainer import Trainer
 from pipeline.errors import PipelineError
 from pipeline.held_out import batches, held_out_images
+from pipeline.rank_chart import draw_ranked
 from pipeline.records import ObjectInfo
 
-# N images, H W pixel rows and columns, C = 3 colours
+# N images, H W pixel rows and columns, C = 3 colours, K codes
 GAP = 2  # white pixels around each image
 
 
 class NothingHeldOut(PipelineError):
     """The held-out shards have no usable image."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Over the shares of all ranks. `histogram_K` counts where each code is the argmax."""
+
+    figures: Figures
+    histogram_K: NDArray[np.float64]
 
 
 class Evaluation:
@@ -42,21 +54,31 @@ class Evaluation:
         shown = config.eval.num_pictures if ranks.is_first else 0
         self._shown_NHWC = held_out_images(shards, spec, shown, decode_threads=threads).pixels_NHWC
 
-    def figures(self, trainer: Trainer) -> Figures:
-        """Over the shares of all ranks, which must all call it."""
+    def evaluate(self, trainer: Trainer) -> Evaluated:
+        """All ranks must call it."""
         sums = EvalSums.zeros(self._config.model.codebook_size)
         for pixels_BHWC in batches(self._pixels_NHWC, self._config.eval.batch_size):
             sums += trainer.evaluate(pixels_BHWC)
-        total = np.sum(self._ranks.gather(sums.to_array()), axis=0)
+        total = EvalSums.from_array(np.sum(self._ranks.gather(sums.to_array()), axis=0))
         counts = {"num_images": self._num_images, "num_bad_images": self._num_bad}
-        return {**EvalSums.from_array(total).metrics(), **counts}
+        return Evaluated({**total.metrics(), **counts}, total.histogram_K)
 
-    def picture(self, trainer: Trainer) -> np.ndarray | None:
-        """Original | soft | hard, one row an image. The first rank's."""
-        if not len(self._shown_NHWC):
-            return None
-        soft_NHWC, hard_NHWC = trainer.reconstruct(self._shown_NHWC)
-        return side_by_side(self._shown_NHWC, soft_NHWC, hard_NHWC)
+    def pictures(self, trainer: Trainer, histogram_K: NDArray[np.float64]) -> dict[str, np.ndarray]:
+        """By name, (H, W, C): the codes by use; original | soft | hard, one row an image. The first rank's."""
+        pictures = {"codes": draw_codes(histogram_K, f"Codes at step {trainer.step:,}")}
+        if len(self._shown_NHWC):
+            soft_NHWC, hard_NHWC = trainer.reconstruct(self._shown_NHWC)
+            pictures["reconstructions"] = side_by_side(self._shown_NHWC, soft_NHWC, hard_NHWC)
+        return pictures
+
+
+def draw_codes(histogram_K: NDArray[np.float64], title: str) -> np.ndarray:
+    """(H, W, C): how often each code stands in a grid, with what never does in words."""
+    size, num_dead = histogram_K.size, int((histogram_K == 0).sum())
+    note = f"{histogram_K.sum():,.0f} positions; {num_dead:,} of {size:,} codes ({num_dead / size:.1%}) stand nowhere"
+    if not num_dead:
+        note = f"{histogram_K.sum():,.0f} positions; every one of the {size:,} codes is in use"
+    return draw_ranked(histogram_K, title=title, note=note, x_label="codes, most used first", y_label="positions")
 
 
 def side_by_side(*columns_NHWC: np.ndarray) -> np.ndarray:

@@ -7,14 +7,17 @@ same numbers come out after a kill: what a line still waits for is part of the c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from jobs.train_health import History, findings, standing
 from jobs.train_output import TrainOutput
 from jobs.train_ranks import Ranks
 from jobs.train_tensorboard import event_file
+from model.config import ScheduleConfig
 from pipeline.pictures import encode_png
 
 # H W pixel rows and columns, C = 3 colours
@@ -68,18 +71,24 @@ class Journal:
     def add(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         self._lines.append({"kind": kind, "step": step, **figures, "unix_s": round(time.time(), 3)})
 
-    def last(self, kind: str, name: str) -> float | None:
-        return next((line[name] for line in reversed(self._lines) if line["kind"] == kind), None)
+    def judge(self, schedules: ScheduleConfig, steps: int, codebook_size: int) -> list[str]:
+        """What is wrong at the evaluation that was added last. A line is added where that is something else than
+        before, also where it is nothing any more. Returns the words for what is new."""
+        found = findings(History(self._lines, schedules, steps, codebook_size))
+        before = {each["name"] for each in standing(self._lines)}
+        if {each.name for each in found} != before:
+            self.add("health", self._lines[-1]["step"], {"findings": [asdict(each) for each in found]})
+        return [each.text for each in found if each.name not in before]
 
-    def publish(self, step: int, picture_HWC: np.ndarray | None = None) -> None:
+    def publish(self, step: int, pictures: Mapping[str, np.ndarray] | None = None) -> None:
         """Write what is new; nothing where nothing is."""
         new = self._lines[self._num_published :]
         if not new:
             return
-        png = None if picture_HWC is None else encode_png(picture_HWC)
-        if png is not None:
-            self._output.save_picture(step, png)
+        pngs = {name: encode_png(picture_HWC) for name, picture_HWC in (pictures or {}).items()}
+        for name, png in pngs.items():
+            self._output.save_picture(step, name, png)
         if self._events:
-            self._output.save_events(step, event_file(new, png))
+            self._output.save_events(step, event_file(new, pngs))
         self._output.write_metrics(self._lines)
         self._num_published = len(self._lines)

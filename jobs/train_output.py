@@ -3,7 +3,7 @@
 run.json            what this run is; written first. Another model, data or seed in the same output is refused
 checkpoints/step-00001000/      to resume from; checkpoint.json comes last and says that the rest is whole
 metrics.jsonl       published whole at each evaluation and checkpoint (object stores cannot append)
-pictures/step-00001000.png      original | soft | hard
+pictures/step-00001000-*.png    reconstructions (original | soft | hard), codes (how often each is used)
 tensorboard/        one events file for each publication of the metrics
 model/              the finished model, for `dvae tokenize`; its checkpoint.json is the end of the run
 """
@@ -84,8 +84,8 @@ class TrainOutput:
     def write_metrics(self, lines: Iterable[Line]) -> None:
         storage.publish(self.file("metrics.jsonl"), b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
-    def save_picture(self, step: int, png: bytes) -> None:
-        storage.publish(self.file("pictures", f"{step_name(step)}.png"), png)
+    def save_picture(self, step: int, name: str, png: bytes) -> None:
+        storage.publish(self.file("pictures", f"{step_name(step)}-{name}.png"), png)
 
     def save_events(self, step: int, events: bytes) -> None:
         storage.publish(self.file("tensorboard", f"events.out.tfevents.{step_name(step)}"), events)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from types import FrameType
 
 from jobs.progress import JobProgress
 from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Status:
     images_per_s: float = 0.0
     psnr_hard: float | None = None
     num_bad_images: int = 0
+    warnings: tuple[str, ...] = ()  # all of this attempt
 
     def __str__(self) -> str:
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
@@ -86,6 +90,7 @@ class StepProgress:
 
     def __init__(self, steps: int) -> None:
         self._steps, self._shown = steps, 0
+        self._told: set[str] = set()
         self._bar: JobProgress | None = None
 
     def show(self, status: Status) -> None:
@@ -94,6 +99,10 @@ class StepProgress:
             self._bar.__enter__()
         self._bar.advance(status.step - self._shown, str(status))
         self._shown = status.step
+        for warning in status.warnings:
+            if warning not in self._told:
+                log.warning("%s", warning)
+        self._told.update(status.warnings)
 
     def close(self) -> None:
         if self._bar is not None:

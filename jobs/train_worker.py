@@ -18,7 +18,6 @@ from jobs.train_output import TrainOutput
 from jobs.train_progress import Status
 from jobs.train_ranks import Ranks
 from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of, new_trainer, resume
-from jobs.train_tensorboard import wants_events
 from jobs.train_uploads import Uploads
 from pipeline import storage
 from pipeline.records import ObjectInfo
@@ -72,8 +71,7 @@ class TrainingRun:
         progress = resume(self._trainer, config, self._output, ranks)
         self._samples = _samples(job, ranks, progress.cursors)
         self._window = Window(ranks, progress.rows)
-        events = wants_events(config.log.tensorboard)
-        self._journal = Journal(self._output, self.step, events=events) if ranks.is_first else None
+        self._journal = Journal(self._output, self.step, events=config.log.tensorboard) if ranks.is_first else None
         self._speed, self._line_speed = Speed(self.step), Speed(self.step)
         self._status = Status(step=self.step)
         self._next_beat = self.step
@@ -114,11 +112,15 @@ class TrainingRun:
 
     def evaluate(self) -> None:
         assert self._evaluation is not None
-        figures = self._evaluation.figures(self._trainer)
-        self._status = replace(self._status, psnr_hard=figures["psnr_hard"])
+        evaluated = self._evaluation.evaluate(self._trainer)
+        self._status = replace(self._status, psnr_hard=evaluated.figures["psnr_hard"])
         if self._journal is not None:
-            self._journal.add("eval", self.step, figures)
-            self._journal.publish(self.step, self._evaluation.picture(self._trainer))
+            self._journal.add("eval", self.step, evaluated.figures)
+            config = self._config
+            news = self._journal.judge(config.schedule, config.steps, config.model.codebook_size)
+            told = [f"step {self.step:,}: {words}" for words in news]
+            self._status = replace(self._status, warnings=(*self._status.warnings, *told))
+            self._journal.publish(self.step, self._evaluation.pictures(self._trainer, evaluated.histogram_K))
 
     def heartbeat(self) -> bool:
         """About once a second: tell the driver, and agree whether to stop and on the step of the next beat."""

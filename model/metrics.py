@@ -13,18 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.losses import kl_to_uniform
+from model.similarity import has_ssim, ssim
 
-NUM_SCALARS = 7
+NUM_SCALARS = 10
 
 
 @dataclass(frozen=True)
 class EvalSums:
     """`posterior_K` sums q(code | x) and `histogram_K` counts the argmax, over all positions."""
 
+    num_images: float
     num_values: float
     num_positions: float
     squared_error_soft: float  # pixels in [0, 1]
     squared_error_hard: float
+    ssim_soft: float  # of all images; NaN where they are too small for it
+    ssim_hard: float
     nll: float  # nats for logit_laplace, squared or absolute error otherwise; noisy relaxation as in training
     kl: float  # nats, to the uniform distribution
     entropy: float  # nats, of q(code | x)
@@ -38,10 +42,13 @@ class EvalSums:
     def to_array(self) -> NDArray[np.float64]:
         """One float64 vector, so that ranks can add theirs up in one reduction."""
         scalars = [
+            self.num_images,
             self.num_values,
             self.num_positions,
             self.squared_error_soft,
             self.squared_error_hard,
+            self.ssim_soft,
+            self.ssim_hard,
             self.nll,
             self.kl,
             self.entropy,
@@ -69,6 +76,7 @@ class EvalSums:
         return {
             "psnr_soft": psnr(self.squared_error_soft / self.num_values),
             "psnr_hard": psnr(self.squared_error_hard / self.num_values),
+            **self._ssims(),
             "nats_per_value": self.nll / self.num_values,
             "kl": kl,
             "information": kl - usage_kl,
@@ -78,7 +86,13 @@ class EvalSums:
             "dead_codes": num_codes - used,
             "perplexity": math.exp(_entropy(self.histogram_K)),
             "top_share": float(self.histogram_K.max() / self.histogram_K.sum()),
+            "num_positions": self.num_positions,
         }
+
+    def _ssims(self) -> dict[str, float]:
+        """Nothing for images that are too small."""
+        means = {"ssim_soft": self.ssim_soft / self.num_images, "ssim_hard": self.ssim_hard / self.num_images}
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def psnr(mean_squared_error: float) -> float:
@@ -93,16 +107,23 @@ def eval_sums(
     log_probs_NK = torch.log_softmax(logits_NK, dim=-1)
     probs_NK = log_probs_NK.exp()
     return EvalSums(
+        num_images=float(len(x_BCHW)),
         num_values=float(x_BCHW.numel()),
         num_positions=float(logits_NK.shape[0]),
         squared_error_soft=_total((soft_BCHW - x_BCHW).square()),
         squared_error_hard=_total((hard_BCHW - x_BCHW).square()),
+        ssim_soft=_ssim(soft_BCHW, x_BCHW),
+        ssim_hard=_ssim(hard_BCHW, x_BCHW),
         nll=_total(nll_B),
         kl=_total(kl_to_uniform(logits_NK)),
         entropy=_total(-(probs_NK * log_probs_NK)),
         histogram_K=torch.bincount(tokens_N, minlength=logits_NK.shape[1]).cpu().numpy().astype(np.float64),
         posterior_K=probs_NK.sum(dim=0, dtype=torch.float64).cpu().numpy(),
     )
+
+
+def _ssim(made_BCHW: Tensor, x_BCHW: Tensor) -> float:
+    return _total(ssim(made_BCHW, x_BCHW)) if has_ssim(*x_BCHW.shape[2:]) else math.nan
 
 
 def _total(x: Tensor) -> float:

@@ -20,7 +20,7 @@ DOORS = {
     "tenacity": {"pipeline/store_requests.py"},
     "PIL": {
         "pipeline/images.py", "pipeline/pillow_ways.py", "pipeline/pictures.py", "pipeline/turbo_jpeg.py",
-        "pipeline/fast_resize.py",
+        "pipeline/fast_resize.py", "pipeline/rank_chart.py",
     },
     "simplejpeg": {"pipeline/turbo_jpeg.py"},
     "numba": {"pipeline/resize_kernels.py"},
@@ -30,7 +30,7 @@ DOORS = {
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py"},
     "safetensors": {"model"},
-    "tensorboard": {"jobs/train_tensorboard.py"},
+    "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
         "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
         "jobs/train_ray.py",

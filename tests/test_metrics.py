@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.metrics import EvalSums, eval_sums, psnr
+from model.similarity import ssim
 
 # B batch, N positions, K codes
 
@@ -35,6 +36,21 @@ def test_psnr_is_of_the_pixels_in_the_unit_range():
     assert _sums(0).metrics()["psnr_soft"] == pytest.approx(40.0, abs=0.01)
     assert psnr(0.01) == pytest.approx(20.0)
     assert psnr(0.0) == 100.0
+
+
+def test_ssim_is_that_of_torchmetrics_and_small_pictures_have_none():
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    g = torch.Generator().manual_seed(0)
+    for height, width in ((40, 33), (6, 16)):
+        x = torch.rand(3, 3, height, width, generator=g).to(memory_format=torch.channels_last)
+        made = (x + 0.1 * torch.randn(x.shape, generator=g)).clamp(0, 1)
+        theirs = torchmetrics.structural_similarity_index_measure(made, x, data_range=1.0, reduction="none")
+        assert ssim(made, x) == pytest.approx(theirs, abs=1e-5)
+    metrics = (_sums(1) + _sums(2)).metrics()
+    assert 0 < metrics["ssim_hard"] < 1
+    tiny = torch.rand(1, 3, 4, 4)
+    alone = eval_sums(tiny, tiny, tiny, torch.zeros(1), torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64))
+    assert not {"ssim_soft", "ssim_hard"} & (EvalSums.zeros(8) + alone).metrics().keys()
 
 
 def test_kl_is_information_plus_use_and_entropy_makes_up_the_rest():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,14 +17,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs import train_dvae, train_worker
+from jobs import train_dvae, train_health, train_worker
 from jobs.train_dvae import TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
 from jobs.train_limits import Diverged, TooMuchBadData
 from jobs.train_output import TrainOutput, claim
 from jobs.train_progress import Status, TrainingFailed
 from jobs.train_ranks import NoGpu, Ranks
-from jobs.train_tensorboard import TensorBoardMissing
 from jobs.train_worker import TrainJob, train
 from make_data import write_shards
 from make_training import config, metric_lines, settings, weights, write_training_data
@@ -33,6 +31,7 @@ from pipeline import storage
 from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease
 from pipeline.output import OutputPrefix
+from pipeline.rank_chart import HEIGHT, WIDTH
 
 pytestmark = pytest.mark.training
 STEPS = 24
@@ -86,10 +85,29 @@ def test_a_run_leaves_checkpoints_metrics_pictures_and_a_model(folder: Path) -> 
     lines = metric_lines(calm)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 8, 12, 16, 20, 24]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [9, 18, 24]
-    assert {"psnr_soft", "psnr_hard", "perplexity", "used_share"} <= lines[-1].keys()
-    assert lines[-1]["num_images"] == 6
-    picture = np.asarray(Image.open(calm / "pictures" / "step-00000024.png"))
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    assert {"psnr_soft", "psnr_hard", "ssim_soft", "ssim_hard", "perplexity", "used_share"} <= last.keys()
+    assert last["num_images"] == 6
+    picture = np.asarray(Image.open(calm / "pictures" / "step-00000024-reconstructions.png"))
     assert picture.shape == (2 * 20, 3 * 20, 3)  # two images; original, soft, hard; a frame around each
+    assert Image.open(calm / "pictures" / "step-00000024-codes.png").size == (WIDTH, HEIGHT)
+
+
+def test_what_is_wrong_is_said_once_written_down_and_said_again_at_the_end(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """After so few steps the tokens say nothing yet."""
+    monkeypatch.setattr(train_worker, "BEAT_S", 0.0)
+    monkeypatch.setattr(train_health, "EARLY_STEPS", 0)
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    said = [line for line in metric_lines(tmp_path) if line["kind"] == "health"]
+    assert [(line["step"], [each["name"] for each in line["findings"]]) for line in said] == [(9, ["no-information"])]
+    words = "the tokens say next to nothing of their image"
+    assert [record.message.partition(", ")[0] for record in caplog.records if words in record.message] == [
+        f"step 9: {words}"
+    ]
+    assert f"warning: {words}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 13, 18, 20, 23, 24])
@@ -354,7 +372,8 @@ def test_an_unreadable_shard_is_over_the_budget_unless_it_was_allowed(
     assert failed.value.exit_code == 1
     allowed = {**data, "max_failed_shards": 1}
     assert run_training(config(folder, output=str(tmp_path / "lenient"), data=allowed), "dvae train") == 0
-    assert metric_lines(tmp_path / "lenient")[-2]["num_failed_shards"] == 1
+    lines = [line for line in metric_lines(tmp_path / "lenient") if line["kind"] == "train"]
+    assert lines[-1]["num_failed_shards"] == 1
 
 
 def test_too_many_bad_images_end_the_run(folder: Path, tmp_path: Path) -> None:
@@ -386,16 +405,8 @@ def test_tensorboard_has_every_figure_once_after_a_kill(
     lines = [line for line in metric_lines(tmp_path) if line["kind"] == "train"]
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(line["step"], pytest.approx(line["loss"])) for line in lines]
-    assert [event.step for event in events.Images("reconstructions")] == [9, 18, 24]
-
-
-def test_tensorboard_asked_for_and_missing_is_said_before_anything_starts(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TensorBoardMissing, match=r"pip install 'dvae-ray\[tensorboard\]'"):
-        run_training(config(folder, output=str(tmp_path), log={"tensorboard": True}), "dvae train")
-    assert not (tmp_path / "run.json").exists()
+    for picture in ("reconstructions", "codes"):
+        assert [event.step for event in events.Images(picture)] == [9, 18, 24]
 
 
 def test_sigterm_stops_within_seconds_with_a_checkpoint_and_the_line_to_go_on(folder: Path, tmp_path: Path) -> None:
