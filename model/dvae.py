@@ -1,8 +1,8 @@
 """The dVAE's layers: DALL·E's encoder and decoder (openai/DALL-E) at any width, depth and downsampling.
 
 State-dict names are OpenAI's under `encoder.` and `decoder.`; the inner-product head adds `codebook`.
-The bottleneck's arithmetic lives in quantizer.py. Beside it, the encoder's last and the decoder's first
-convolution stay in fp32, whatever autocast says.
+The bottleneck's arithmetic lives in bottleneck.py and quantizer.py. Beside it, the encoder's last and the decoder's
+first convolution stay in fp32, whatever autocast says.
 """
 # B batch, C channels, H W rows and columns of tokens or pixels, N = B·H·W positions, K codes, D code channels
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import quantizer
+from model.bottleneck import CodeFigures, relaxed_latent
 from model.config import DVAEConfig, ModelError
-from model.quantizer import CodeTables
+from model.quantizer import CodeTables, GumbelNoise
 
 
 class Conv2d(nn.Module):
@@ -180,7 +181,7 @@ class Relaxed(NamedTuple):
     """What one training pass yields."""
 
     stats_BCHW: Tensor  # (B, 6, H·f, W·f), fp32
-    logits_NK: Tensor  # noiseless, fp32
+    codes: CodeFigures
 
 
 class DVAE(nn.Module):
@@ -194,13 +195,10 @@ class DVAE(nn.Module):
             self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
 
     def forward(self, x_BCHW: Tensor, noise_keys_B2: Tensor, temperature: float) -> Relaxed:
-        tables, grid_BHW, z_NC = self.tables(), self.grid_of(x_BCHW), self.encode(x_BCHW)
-        with torch.autocast(x_BCHW.device.type, enabled=False):
-            logits_NK = quantizer.logits(z_NC, tables)
-            noise_NK = quantizer.gumbel_noise(noise_keys_B2, grid_BHW[1] * grid_BHW[2], logits_NK.shape[1])
-            soft_NK = quantizer.relax(logits_NK, noise_NK, temperature)
-            latent_ND = quantizer.soft_latent(soft_NK, tables)
-        return Relaxed(self.decode(latent_ND, grid_BHW), logits_NK)
+        grid_BHW = self.grid_of(x_BCHW)
+        noise = GumbelNoise(noise_keys_B2, grid_BHW[1] * grid_BHW[2], self.config.codebook_size)
+        latent_ND, codes = relaxed_latent(self.encode(x_BCHW), self.tables(), noise, temperature)
+        return Relaxed(self.decode(latent_ND, grid_BHW), codes)
 
     def recompute_activations(self) -> None:
         """From now on, training keeps fewer activations and computes the others twice: the same bits, less memory."""

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import LossConfig
@@ -52,25 +51,30 @@ class LossParts(NamedTuple):
     usage_kl: Tensor | None = None  # nats; None where it has no weight
 
 
-def loss_parts(
-    stats_BCHW: Tensor, x_BCHW: Tensor, logits_NK: Tensor, kl_weight: float, config: LossConfig
-) -> LossParts:
+def loss_parts(stats_BCHW: Tensor, x_BCHW: Tensor, kl_N: Tensor, kl_weight: float, config: LossConfig) -> LossParts:
+    """`kl_N`: KL(q(z|x) ‖ uniform) of each position, in nats, from the noiseless logits."""
     reconstruction = negative_log_likelihood(stats_BCHW, x_BCHW, config).mean() / x_BCHW[0].numel()
-    kl = kl_to_uniform(logits_NK).mean()
-    return LossParts(reconstruction + kl_weight * kl * _positions_per_value(x_BCHW, logits_NK), reconstruction, kl)
+    kl = kl_N.mean()
+    return LossParts(reconstruction + kl_weight * kl * _positions_per_value(x_BCHW, len(kl_N)), reconstruction, kl)
 
 
 def with_usage(
-    parts: LossParts, x_BCHW: Tensor, logits_NK: Tensor, weight: float, mean_over_ranks: Callable[[Tensor], Tensor]
+    parts: LossParts,
+    x_BCHW: Tensor,
+    posterior_K: Tensor,
+    num_positions: int,
+    weight: float,
+    mean_over_ranks: Callable[[Tensor], Tensor],
 ) -> LossParts:
-    usage = usage_kl(logits_NK, mean_over_ranks)
-    loss = parts.loss + weight * usage * _positions_per_value(x_BCHW, logits_NK)
+    """`posterior_K`: the mean noiseless posterior of these positions."""
+    usage = usage_kl(posterior_K, mean_over_ranks)
+    loss = parts.loss + weight * usage * _positions_per_value(x_BCHW, num_positions)
     return parts._replace(loss=loss, usage_kl=usage)
 
 
-def _positions_per_value(x_BCHW: Tensor, logits_NK: Tensor) -> float:
+def _positions_per_value(x_BCHW: Tensor, num_positions: int) -> float:
     """1/192 at downsampling 8: how a mean over positions enters a mean over values."""
-    return logits_NK.shape[0] / x_BCHW.numel()
+    return num_positions / x_BCHW.numel()
 
 
 def negative_log_likelihood(stats_BCHW: Tensor, x_BCHW: Tensor, config: LossConfig) -> Tensor:
@@ -90,18 +94,11 @@ def logit_laplace_nats(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return math.log(2.0) + log_scale + torch.log(x * (1.0 - x)) + distance
 
 
-def kl_to_uniform(logits_NK: Tensor) -> Tensor:
-    """(N,): Σ π ln π + ln K, from the noiseless logits."""
-    log_probs_NK = F.log_softmax(logits_NK, dim=-1)
-    return (log_probs_NK.exp() * log_probs_NK).sum(dim=-1) + math.log(logits_NK.shape[-1])
-
-
-def usage_kl(logits_NK: Tensor, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+def usage_kl(posterior_K: Tensor, mean_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
     """KL of the mean posterior to uniform. Exact over all ranks once DDP has averaged their gradients:
     d/dθ Σ q̄ ln q̄ is the mean over ranks of Σ (ln q̄ + 1) dq̄_rank/dθ, so q̄ itself needs no gradient."""
-    own_K = torch.softmax(logits_NK, dim=-1).mean(dim=0)
-    mean_K = mean_over_ranks(own_K.detach())
+    mean_K = mean_over_ranks(posterior_K.detach())
     log_mean_K = mean_K.clamp_min(torch.finfo(mean_K.dtype).tiny).log()
-    value = (mean_K * log_mean_K).sum() + math.log(logits_NK.shape[-1])
-    slope = ((log_mean_K + 1.0) * own_K).sum()
+    value = (mean_K * log_mean_K).sum() + math.log(len(posterior_K))
+    slope = ((log_mean_K + 1.0) * posterior_K).sum()
     return value + slope - slope.detach()

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.losses import kl_to_uniform
+from model.bottleneck import CodeFigures
 from model.similarity import has_ssim, ssim
 
 NUM_SCALARS = 10
@@ -100,25 +100,23 @@ def psnr(mean_squared_error: float) -> float:
     return -10.0 * math.log10(max(mean_squared_error, 1e-10))
 
 
-def eval_sums(
-    x_BCHW: Tensor, soft_BCHW: Tensor, hard_BCHW: Tensor, nll_B: Tensor, logits_NK: Tensor, tokens_N: Tensor
-) -> EvalSums:
+def eval_sums(x_BCHW: Tensor, soft_BCHW: Tensor, hard_BCHW: Tensor, nll_B: Tensor, codes: CodeFigures) -> EvalSums:
     """Sums of one batch; pixels in [0, 1]."""
-    log_probs_NK = torch.log_softmax(logits_NK, dim=-1)
-    probs_NK = log_probs_NK.exp()
+    num_positions, num_codes = len(codes.kl_N), len(codes.posterior_K)
+    kl = _total(codes.kl_N)
     return EvalSums(
         num_images=float(len(x_BCHW)),
         num_values=float(x_BCHW.numel()),
-        num_positions=float(logits_NK.shape[0]),
+        num_positions=float(num_positions),
         squared_error_soft=_total((soft_BCHW - x_BCHW).square()),
         squared_error_hard=_total((hard_BCHW - x_BCHW).square()),
         ssim_soft=_ssim(soft_BCHW, x_BCHW),
         ssim_hard=_ssim(hard_BCHW, x_BCHW),
         nll=_total(nll_B),
-        kl=_total(kl_to_uniform(logits_NK)),
-        entropy=_total(-(probs_NK * log_probs_NK)),
-        histogram_K=torch.bincount(tokens_N, minlength=logits_NK.shape[1]).cpu().numpy().astype(np.float64),
-        posterior_K=probs_NK.sum(dim=0, dtype=torch.float64).cpu().numpy(),
+        kl=kl,
+        entropy=num_positions * math.log(num_codes) - kl,
+        histogram_K=torch.bincount(codes.tokens_N, minlength=num_codes).cpu().numpy().astype(np.float64),
+        posterior_K=codes.posterior_K.cpu().numpy().astype(np.float64) * num_positions,
     )
 
 

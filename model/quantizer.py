@@ -1,10 +1,10 @@
-"""The bottleneck: logits over the codes, the Gumbel-softmax relaxation, the latent.
+"""What the bottleneck is made of: logits over the codes, Gumbel noise, the latent of hard codes.
 
-All of it is fp32; the caller turns autocast off. Both heads are one form: logits = z·keysᵀ + bias, latent =
-Σ y·codes + bias. Noise is a hash of (seed, step, slot, position, code), so it depends neither on how the
-global batch is split over ranks nor on the device.
+Both heads are one form: logits = z·keysᵀ + bias, latent = Σ y·codes + bias. Noise is a hash of (seed, step, slot,
+position, code), so it depends neither on how the global batch is split over ranks nor on the device, and any rows of
+it can be drawn anew. bottleneck.py puts the parts together for training.
 """
-# B batch, N positions (B·H·W), K codes, C channels of the keys, D channels of the codes
+# B batch, N positions (B·H·W), n some of them, K codes, C channels of the keys, D channels of the codes
 
 from __future__ import annotations
 
@@ -33,15 +33,6 @@ def logits(z_NC: Tensor, tables: CodeTables, *, out: Tensor | None = None) -> Te
     return torch.addmm(tables.key_bias_K, z_NC, tables.keys_KC.T, out=out)
 
 
-def relax(logits_NK: Tensor, noise_NK: Tensor, temperature: float) -> Tensor:
-    """softmax((log π + g) / τ); the softmax doesn't see the difference between logits and log π."""
-    return torch.softmax((logits_NK + noise_NK) / temperature, dim=-1)
-
-
-def soft_latent(soft_NK: Tensor, tables: CodeTables) -> Tensor:
-    return F.linear(soft_NK, tables.codes_KD.T, tables.code_bias_D)
-
-
 def hard_latent(tokens_N: Tensor, tables: CodeTables) -> Tensor:
     """The latent of one-hot codes, as a lookup."""
     latent_ND = F.embedding(tokens_N, tables.codes_KD)
@@ -64,30 +55,41 @@ def _mix64(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
         return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def gumbel_noise(keys_B2: Tensor, num_positions: int, num_codes: int) -> Tensor:
-    """Standard Gumbel noise (B·positions, K) in fp32.
+class GumbelNoise:
+    """Standard Gumbel noise (N, K) of a batch, in fp32, any rows of it at any time.
 
     −ln(−ln u) with u in the middle of one of 2^23 cells of (0, 1), never 0 or 1: noise lies in (−2.9, 16.7).
     """
-    counter = torch.arange(num_positions * num_codes, dtype=torch.int32, device=keys_B2.device)
-    bits = _hash32(counter ^ keys_B2[:, :1]).add_(keys_B2[:, 1:])
-    cells = _shift_right_(_hash32(bits), 9)
-    uniform = cells.to(torch.float32).add_(0.5).mul_(2.0**-23)
-    return uniform.log_().neg_().log_().neg_().view(-1, num_codes)
+
+    def __init__(self, keys_B2: Tensor, num_positions: int, num_codes: int) -> None:
+        """`num_positions` of each sample."""
+        positions = torch.arange(num_positions, dtype=torch.int32, device=keys_B2.device)
+        self._first_N1 = (positions * num_codes).repeat(len(keys_B2))[:, None]  # counter of a position's first code
+        self._keys_N2 = keys_B2.repeat_interleave(num_positions, dim=0)
+        self._codes_K = torch.arange(num_codes, dtype=torch.int32, device=keys_B2.device)
+
+    def draw(self, rows: slice, out_nK: Tensor, spare_nK: Tensor) -> Tensor:
+        """Into the first buffer; what was in the second is lost. Both fp32 and contiguous."""
+        bits_nK, spare = out_nK.view(torch.int32), spare_nK.view(torch.int32)
+        torch.add(self._first_N1[rows], self._codes_K, out=bits_nK)
+        bits_nK ^= self._keys_N2[rows, :1]
+        _hash32(bits_nK, spare)
+        bits_nK += self._keys_N2[rows, 1:]
+        _hash32(bits_nK, spare)
+        _shifted_right(bits_nK, 9, out=bits_nK)
+        bits_nK |= 0x3F800000  # fp32 of 1 + cell·2^-23
+        return out_nK.sub_(1 - 2.0**-24).log_().neg_().log_().neg_()  # the difference is exact: (cell + 0.5)·2^-23
 
 
-def _hash32(x: Tensor) -> Tensor:
+def _hash32(x: Tensor, spare: Tensor) -> None:
     """lowbias32 (C. Wellons, "Prospecting for hash functions"), a bijection; changes x in place."""
-    x ^= _shift_right_(x.clone(), 16)
+    x ^= _shifted_right(x, 16, out=spare)
     x *= 0x7FEB352D
-    x ^= _shift_right_(x.clone(), 15)
+    x ^= _shifted_right(x, 15, out=spare)
     x *= 0x846CA68B - 2**32
-    x ^= _shift_right_(x.clone(), 16)
-    return x
+    x ^= _shifted_right(x, 16, out=spare)
 
 
-def _shift_right_(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of an int32 tensor in place; torch's own shift keeps the sign."""
-    x >>= bits
-    x &= (1 << (32 - bits)) - 1
-    return x
+def _shifted_right(x: Tensor, bits: int, *, out: Tensor) -> Tensor:
+    """Logical shift of an int32 tensor; torch's own keeps the sign."""
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import losses, quantizer, training_state
+from model.bottleneck import CodeFigures, mean_posterior
 from model.compiled import compile_convolutions
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
 from model.dvae import DVAE, on_device, seeded_dvae
@@ -38,8 +39,7 @@ class Reconstructions(NamedTuple):
     x_BCHW: Tensor
     soft_stats_BCHW: Tensor
     hard_stats_BCHW: Tensor
-    logits_NK: Tensor
-    tokens_N: Tensor
+    codes: CodeFigures
 
 
 class Trainer:
@@ -123,8 +123,7 @@ class Trainer:
             losses.reconstruction(made.soft_stats_BCHW),
             losses.reconstruction(made.hard_stats_BCHW),
             losses.negative_log_likelihood(made.soft_stats_BCHW, made.x_BCHW, self.loss_config),
-            made.logits_NK,
-            made.tokens_N,
+            made.codes,
         )
 
     def reconstruct(self, pixels_BHWC: Pixels) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -169,14 +168,14 @@ class Trainer:
         x_BCHW = self._mapped(batch.pixels_BHWC)
         keys_B2 = quantizer.noise_keys(self.seed, self.step, batch.slots_B).to(self.device)
         with self._autocast():
-            stats_BCHW, logits_NK = self._forward(x_BCHW, keys_B2, values.temperature)
-        parts = losses.loss_parts(stats_BCHW, x_BCHW, logits_NK, values.kl_weight, self.loss_config)
+            stats_BCHW, codes = self._forward(x_BCHW, keys_B2, values.temperature)
+        parts = losses.loss_parts(stats_BCHW, x_BCHW, codes.kl_N, values.kl_weight, self.loss_config)
         if not self._penalises_usage:
             return parts
         over_batch: Callable[[Tensor], Tensor] = lambda own_K: (  # noqa: E731
             self._summed(own_K * batch.share) if mean_K is None else mean_K
         )
-        return losses.with_usage(parts, x_BCHW, logits_NK, values.usage_weight, over_batch)
+        return losses.with_usage(parts, x_BCHW, codes.posterior_K, len(codes.kl_N), values.usage_weight, over_batch)
 
     @torch.no_grad()
     def _mean_posterior(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -186,8 +185,7 @@ class Trainer:
         for batch in batches:
             with self._autocast():
                 z_NC = self.model.encode(self._mapped(batch.pixels_BHWC))
-            logits_NK = quantizer.logits(z_NC, self.model.tables())
-            shares.append(torch.softmax(logits_NK, dim=-1).mean(dim=0) * batch.share)
+            shares.append(mean_posterior(z_NC, self.model.tables()) * batch.share)
         return self._summed(torch.stack(shares).sum(dim=0))
 
     @torch.no_grad()
@@ -196,10 +194,9 @@ class Trainer:
         keys_B2 = quantizer.noise_keys(self.seed, EVALUATION_STEP, np.arange(len(x_BCHW))).to(self.device)
         temperature = values_at(self.schedules, self.step).temperature
         with self._autocast():
-            soft_stats_BCHW, logits_NK = model(x_BCHW, keys_B2, temperature)
-            tokens_N = logits_NK.argmax(dim=-1)
-            hard_stats_BCHW = model.decode_tokens(tokens_N, model.grid_of(x_BCHW))
-        return Reconstructions(x_BCHW, soft_stats_BCHW, hard_stats_BCHW, logits_NK, tokens_N)
+            soft_stats_BCHW, codes = model(x_BCHW, keys_B2, temperature)
+            hard_stats_BCHW = model.decode_tokens(codes.tokens_N, model.grid_of(x_BCHW))
+        return Reconstructions(x_BCHW, soft_stats_BCHW, hard_stats_BCHW, codes)
 
     def _mapped(self, pixels_BHWC: Pixels) -> Tensor:
         return losses.map_pixels(torch.as_tensor(pixels_BHWC).to(self.device, non_blocking=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from model import quantizer
 from model.config import DVAEConfig, ModelError
 from model.dvae import DVAE, seeded_dvae
+from plain_bottleneck import plain_figures
 
 # B batch, C channels, H W rows and columns, N positions, K codes
 
@@ -112,9 +113,10 @@ def test_every_head_stem_and_downsampling_makes_its_grid_and_its_pixels(head, st
     config = DVAEConfig(32, downsample, 8, 1, 8, head, 8, stem)
     model = seeded_dvae(config, 0)
     keys_B2 = quantizer.noise_keys(0, 0, np.arange(2))
-    stats_BCHW, logits_NK = model(torch.rand(2, 3, 32, 64), keys_B2, 1.0)
+    stats_BCHW, codes = model(torch.rand(2, 3, 32, 64), keys_B2, 1.0)
     assert stats_BCHW.shape == (2, 6, 32, 64)
-    assert logits_NK.shape == (2 * (32 // downsample) * (64 // downsample), 32)
+    assert codes.kl_N.shape == codes.tokens_N.shape == (2 * (32 // downsample) * (64 // downsample),)
+    assert codes.posterior_K.shape == (32,)
 
 
 @torch.no_grad()
@@ -149,12 +151,12 @@ def test_under_bf16_autocast_the_bottleneck_stays_in_fp32():
     assert model.encoder.output.fp32 and model.decoder.input.fp32
     with torch.autocast("cpu", torch.bfloat16):
         body_BCHW = model.encoder.body(x_BCHW)
-        stats_BCHW, logits_NK = model(x_BCHW, quantizer.noise_keys(0, 0, np.arange(1)), 1.0)
+        stats_BCHW, codes = model(x_BCHW, quantizer.noise_keys(0, 0, np.arange(1)), 1.0)
         logits_BKHW = model.encoder(x_BCHW)
     assert body_BCHW.dtype == torch.bfloat16
-    assert {stats_BCHW.dtype, logits_NK.dtype, logits_BKHW.dtype} == {torch.float32}
+    assert {stats_BCHW.dtype, codes.kl_N.dtype, logits_BKHW.dtype} == {torch.float32}
     exact_NK = F.linear(body_BCHW.float().permute(0, 2, 3, 1).flatten(0, 2), *model.tables()[:2])
-    assert torch.equal(logits_NK, exact_NK)
+    assert torch.allclose(codes.kl_N, plain_figures(exact_NK).kl_N, rtol=0, atol=1e-6)
 
 
 def test_a_seed_gives_the_same_weights_again_and_another_seed_others():

@@ -10,6 +10,7 @@ import torch
 
 from model.metrics import EvalSums, eval_sums, psnr
 from model.similarity import ssim
+from plain_bottleneck import plain_figures
 
 # B batch, N positions, K codes
 
@@ -19,7 +20,7 @@ def _sums(seed: int, num_positions: int = 32) -> EvalSums:
     x = torch.rand(2, 3, 8, 8, generator=g)
     logits_NK = 3 * torch.randn(num_positions, 10, generator=g)
     hard = (x + 0.1).clamp(0, 1)
-    return eval_sums(x, x + 0.01, hard, torch.rand(2, generator=g), logits_NK, logits_NK.argmax(dim=1))
+    return eval_sums(x, x + 0.01, hard, torch.rand(2, generator=g), plain_figures(logits_NK))
 
 
 def test_sums_travel_as_one_array_and_add_in_it():
@@ -49,7 +50,7 @@ def test_ssim_is_that_of_torchmetrics_and_small_pictures_have_none():
     metrics = (_sums(1) + _sums(2)).metrics()
     assert 0 < metrics["ssim_hard"] < 1
     tiny = torch.rand(1, 3, 4, 4)
-    alone = eval_sums(tiny, tiny, tiny, torch.zeros(1), torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64))
+    alone = eval_sums(tiny, tiny, tiny, torch.zeros(1), plain_figures(torch.zeros(1, 8)))
     assert not {"ssim_soft", "ssim_hard"} & (EvalSums.zeros(8) + alone).metrics().keys()
 
 
@@ -64,7 +65,7 @@ def test_codes_are_counted_by_their_argmax():
     logits_NK = torch.full((8, 16), -50.0)
     logits_NK[torch.arange(8), torch.tensor([3, 3, 3, 3, 5, 5, 7, 7])] = 50.0
     x = torch.zeros(1, 3, 8, 8)
-    metrics = eval_sums(x, x, x, torch.zeros(1), logits_NK, logits_NK.argmax(dim=1)).metrics()
+    metrics = eval_sums(x, x, x, torch.zeros(1), plain_figures(logits_NK)).metrics()
     assert (metrics["used_share"], metrics["dead_codes"], metrics["top_share"]) == (3 / 16, 13.0, 0.5)
     assert metrics["perplexity"] == pytest.approx(2**1.5)
     assert metrics["posterior_entropy"] == pytest.approx(0.0, abs=1e-6)
@@ -73,7 +74,7 @@ def test_codes_are_counted_by_their_argmax():
 def test_one_code_for_everything_is_a_perplexity_of_one():
     logits_NK = torch.zeros(4, 8)
     x = torch.zeros(1, 3, 8, 8)
-    metrics = eval_sums(x, x, x, torch.zeros(1), logits_NK, torch.zeros(4, dtype=torch.int64)).metrics()
+    metrics = eval_sums(x, x, x, torch.zeros(1), plain_figures(logits_NK)).metrics()
     assert metrics["perplexity"] == pytest.approx(1.0)
     assert metrics["posterior_entropy"] == pytest.approx(math.log(8))
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
