@@ -21,6 +21,7 @@ from jobs.train_output import TrainOutput
 from jobs.train_progress import TrainingFailed
 from make_data import write_shards
 from make_training import config, metric_lines, settings, weights, write_training_data
+from train_processes import run_two
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("fast_polls")]
 TWO = {"num_workers": 2}
@@ -43,16 +44,16 @@ def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path, tmp_path: Path) -> None:
-    """On unequal shards. Nothing of the killed driver is left when the same command runs again."""
+    """On unequal shards. Nothing of the killed driver is left when the same command runs again. (At three random steps
+    and by the worker: test_train_killed.py.)"""
     steps, mark = 120, uuid.uuid4().hex
     driver = start_driver(folder, tmp_path / "killed", mark, steps=steps, ray=TWO)
-    calm = config(folder, output=str(tmp_path / "calm"), steps=steps, ray=TWO)
     try:
         wait_until(lambda: newest_step(tmp_path / "killed") >= 20, driver)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         assert 20 <= newest_step(tmp_path / "killed") < steps
-        assert run_training(calm, "dvae train") == 0
+        assert run_two(folder, tmp_path / "calm", steps=steps) == [0, 0]
         assert survivors(mark) == []
     finally:
         end(driver, mark)
@@ -87,7 +88,7 @@ def test_a_killed_worker_is_replaced_within_the_same_run(folder: Path, tmp_path:
         end(driver, mark)
     assert driver.returncode == 0, said
     assert "a worker was lost" in said
-    assert run_training(config(folder, output=str(tmp_path / "calm"), steps=steps, ray=TWO), "dvae train") == 0
+    assert run_two(folder, tmp_path / "calm", steps=steps) == [0, 0]
     assert weights(tmp_path / "hurt", steps) == weights(tmp_path / "calm", steps)
     assert metric_lines(tmp_path / "hurt") == metric_lines(tmp_path / "calm")
 
