@@ -163,6 +163,32 @@ def show(
     return run_show(output, checkpoint, keys=keys.split(",") if keys else None, limit=limit, png=png)
 
 
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
+    shards: Annotated[list[str], typer.Argument(help="shards that it was not trained on, as in dvae tokenize")],
+    num_images: Annotated[int | None, typer.Option(help="the first so many; all without it", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="images at once", min=1)] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    output: Annotated[str | None, typer.Option(help="a folder for report and pictures, or a .json or .md file")] = None,
+    card: Annotated[bool, typer.Option("--card", help="also write the model card beside the checkpoint")] = False,
+    lpips_weights: Annotated[
+        str | None, typer.Option(help="torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth, for LPIPS")
+    ] = None,
+    fid_weights: Annotated[
+        str | None, typer.Option(help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth, for rFID")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """How good a checkpoint is: PSNR, SSIM, use of the codes, bits per image; LPIPS and rFID with weights you have."""
+    from jobs.eval_checkpoint import EvalSettings
+    from jobs.eval_report import run_eval
+
+    settings = EvalSettings(num_images, batch_size, device, precision, lpips_weights, fid_weights)
+    return run_eval(checkpoint, shards, settings, output=output, card=card, as_json=as_json)
+
+
 @app.command()
 def precision(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],

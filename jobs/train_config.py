@@ -96,6 +96,8 @@ class TrainConfig(Section):
     """Images of one forward pass of a worker; null: all that it has of a batch."""
     max_skipped_steps: Positive = 10
     """Steps in a row without a finite loss and gradient, after which training stops."""
+    license: str | None = None
+    """What the model card says of the weights: apache-2.0, say."""
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
     """The convolutions with torch.compile: half a minute or more at the start, faster steps, other rounding."""

@@ -71,6 +71,10 @@ class Journal:
     def add(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         self._lines.append({"kind": kind, "step": step, **figures, "unix_s": round(time.time(), 3)})
 
+    @property
+    def lines(self) -> tuple[dict[str, Any], ...]:
+        return tuple(self._lines)
+
     def judge(self, schedules: ScheduleConfig, steps: int, codebook_size: int) -> list[str]:
         """What is wrong at the evaluation that was added last. A line is added where that is something else than
         before, also where it is nothing any more. Returns the words for what is new."""

@@ -5,7 +5,7 @@ checkpoints/step-00001000/      to resume from; checkpoint.json comes last and s
 metrics.jsonl       published whole at each evaluation and checkpoint (object stores cannot append)
 pictures/step-00001000-*.png    reconstructions (original | soft | hard), codes (how often each is used)
 tensorboard/        one events file for each publication of the metrics
-model/              the finished model, for `dvae tokenize`; its checkpoint.json is the end of the run
+model/              the finished model, for `dvae tokenize`, with a card; its checkpoint.json is the end of the run
 """
 
 from __future__ import annotations

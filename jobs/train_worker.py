@@ -5,11 +5,14 @@ Driven by steps, never by the end of a shard list, so unequal shards or fewer sh
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Protocol
 
+from jobs.checkpoints import RECORD
+from jobs.model_card import CARD, card_of_training
 from jobs.train_config import TrainConfig
 from jobs.train_evaluation import Evaluation
 from jobs.train_limits import counts, judge_data, judge_skips
@@ -103,7 +106,7 @@ class TrainingRun:
         """One training line. Raises TooMuchBadData, on all ranks alike."""
         cursors = self._all_cursors()
         figures, counted = self._window.close(), counts(cursors)
-        figures["skipped_steps"] = self._trainer.skipped_steps
+        figures |= {"skipped_steps": self._trainer.skipped_steps, **self._trainer.take_code_use()}
         if self._journal is not None:
             images_per_s = round(self._line_speed.lap(self.step) * self._config.batch_size, 1)
             self._journal.add("train", self.step, {**figures, **counted, "images_per_s": images_per_s})
@@ -134,6 +137,7 @@ class TrainingRun:
         """A checkpoint to go on from; before it the metrics up to here, so that no line is lost. The state is copied
         now, and published beside the steps that follow. Raises what the checkpoint before could not be saved for."""
         progress = Progress(self._all_cursors(), tuple(self._window.rows()))
+        self._trainer.gather_code_counts()
         if self._journal is not None:
             self._uploads.wait()
             self._journal.publish(self.step)
@@ -145,8 +149,10 @@ class TrainingRun:
         self._uploads.wait()
         if self.step < self._config.steps:
             return "stopped"
-        if self._ranks.is_first:
-            self._output.save_model(model_of(self._trainer, self._config, self._ranks).files())
+        if self._journal is not None:
+            files = model_of(self._trainer, self._config, self._ranks).files()
+            card = card_of_training(json.loads(files[RECORD]), self._journal.lines)
+            self._output.save_model({CARD: card, **files})
         return "finished"
 
     def _publish(self, checkpoint: Snapshot) -> None:

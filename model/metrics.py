@@ -69,10 +69,8 @@ class EvalSums:
         """`kl` = `information` + `usage_kl`: I(x; z), and the KL of the mean posterior to uniform."""
         if not self.num_values:
             raise ValueError("no image was evaluated: the held-out shards are empty")
-        num_codes = self.histogram_K.size
-        used = float((self.histogram_K > 0).sum())
         kl = self.kl / self.num_positions
-        usage_kl = math.log(num_codes) - _entropy(self.posterior_K)
+        usage_kl = math.log(self.histogram_K.size) - _entropy(self.posterior_K)
         return {
             "psnr_soft": psnr(self.squared_error_soft / self.num_values),
             "psnr_hard": psnr(self.squared_error_hard / self.num_values),
@@ -82,17 +80,26 @@ class EvalSums:
             "information": kl - usage_kl,
             "usage_kl": usage_kl,
             "posterior_entropy": self.entropy / self.num_positions,
-            "used_share": used / num_codes,
-            "dead_codes": num_codes - used,
-            "perplexity": math.exp(_entropy(self.histogram_K)),
-            "top_share": float(self.histogram_K.max() / self.histogram_K.sum()),
-            "num_positions": self.num_positions,
+            **code_use(self.histogram_K),
         }
 
     def _ssims(self) -> dict[str, float]:
         """Nothing for images that are too small."""
         means = {"ssim_soft": self.ssim_soft / self.num_images, "ssim_hard": self.ssim_hard / self.num_images}
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def code_use(histogram_K: NDArray[np.float64]) -> dict[str, float]:
+    """Of how often each code is the argmax."""
+    num_codes, used = histogram_K.size, float((histogram_K > 0).sum())
+    num_positions = float(histogram_K.sum())
+    return {
+        "used_share": used / num_codes,
+        "dead_codes": num_codes - used,
+        "perplexity": math.exp(_entropy(histogram_K)),
+        "top_share": float(histogram_K.max() / num_positions),
+        "num_positions": num_positions,
+    }
 
 
 def psnr(mean_squared_error: float) -> float:

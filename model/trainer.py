@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,26 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import losses, quantizer, training_state
-from model.bottleneck import CodeFigures, mean_posterior
+from model.bottleneck import mean_posterior
 from model.compiled import compile_convolutions
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
 from model.dvae import DVAE, on_device, seeded_dvae
+from model.evaluation import Evaluator, Reconstructions
 from model.losses import LossParts
-from model.metrics import EvalSums, eval_sums
+from model.metrics import EvalSums, code_use
 from model.micro_batches import MicroBatch, Pixels, micro_batches
 from model.schedules import StepValues, values_at
 
 Precision = Literal["fp32", "bf16"]
-EVALUATION_STEP = 2**62  # keys the noise of evaluations apart from that of every training step
-
-
-class Reconstructions(NamedTuple):
-    """What the model makes of a batch: relaxed as in training, and from the argmax tokens."""
-
-    x_BCHW: Tensor
-    soft_stats_BCHW: Tensor
-    hard_stats_BCHW: Tensor
-    codes: CodeFigures
 
 
 class Trainer:
@@ -77,6 +68,9 @@ class Trainer:
         if compile:
             compile_convolutions(self.model, device)
         self._optimizer = _adamw(self.model, optim_config)
+        self._evaluator = Evaluator(self.averaged_model, loss_config, seed=seed, device=device, precision=precision)
+        self._code_counts_K = torch.zeros(dvae_config.codebook_size, dtype=torch.int64, device=device)
+        self._own_code_counts_K = torch.zeros_like(self._code_counts_K)
         self._distributed = dist.is_available() and dist.is_initialized()
         self._world_size = dist.get_world_size() if self._distributed else 1
         ddp = _in_ddp(self.model, device) if self._distributed else None
@@ -117,21 +111,24 @@ class Trainer:
 
     def evaluate(self, pixels_BHWC: Pixels) -> EvalSums:
         """With the averaged weights and the temperature of the current step."""
-        made = self._reconstructions(pixels_BHWC)
-        return eval_sums(
-            losses.unmap_pixels(made.x_BCHW),
-            losses.reconstruction(made.soft_stats_BCHW),
-            losses.reconstruction(made.hard_stats_BCHW),
-            losses.negative_log_likelihood(made.soft_stats_BCHW, made.x_BCHW, self.loss_config),
-            made.codes,
-        )
+        return self._reconstructions(pixels_BHWC).sums()
 
     def reconstruct(self, pixels_BHWC: Pixels) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """(soft, hard), both uint8 (B, H, W, 3)."""
-        made = self._reconstructions(pixels_BHWC)
-        soft = losses.to_uint8(losses.reconstruction(made.soft_stats_BCHW))
-        hard = losses.to_uint8(losses.reconstruction(made.hard_stats_BCHW))
-        return soft.cpu().numpy(), hard.cpu().numpy()
+        return self._reconstructions(pixels_BHWC).pictures()
+
+    def gather_code_counts(self) -> None:
+        """From all ranks, which must all call it: then the state of each has them."""
+        self._code_counts_K += self._summed(self._own_code_counts_K)
+        self._own_code_counts_K.zero_()
+
+    def take_code_use(self) -> dict[str, float]:
+        """How the codes were used since it was last asked, with the argmax of every training image: held-out images
+        may be fewer than the codes. All ranks must call it."""
+        self.gather_code_counts()
+        histogram_K = self._code_counts_K.cpu().numpy().astype(np.float64)
+        self._code_counts_K.zero_()
+        return code_use(histogram_K)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that a bit-identical resume needs."""
@@ -139,6 +136,7 @@ class Trainer:
         state["trainer.step"] = torch.tensor(self.step)
         state["trainer.skipped_steps"] = torch.tensor(self.skipped_steps)
         state["trainer.skipped_in_a_row"] = torch.tensor(self.skipped_in_a_row)
+        state["trainer.code_counts"] = training_state.kept(self._code_counts_K)
         return state
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
@@ -149,6 +147,9 @@ class Trainer:
         self.skipped_steps = int(training_state.taken(state, "trainer.skipped_steps", scalar))
         in_a_row = state.get("trainer.skipped_in_a_row")  # states of before have none
         self.skipped_in_a_row = 0 if in_a_row is None else int(in_a_row)
+        counts_K = state.get("trainer.code_counts")
+        if counts_K is not None:
+            self._code_counts_K.copy_(counts_K)
 
     def _backward(self, batches: Sequence[MicroBatch], values: StepValues) -> dict[str, Tensor]:
         """Adds up the gradients; what this rank has of the global batch's figures."""
@@ -169,6 +170,7 @@ class Trainer:
         keys_B2 = quantizer.noise_keys(self.seed, self.step, batch.slots_B).to(self.device)
         with self._autocast():
             stats_BCHW, codes = self._forward(x_BCHW, keys_B2, values.temperature)
+        self._own_code_counts_K.index_add_(0, codes.tokens_N, torch.ones_like(codes.tokens_N))
         parts = losses.loss_parts(stats_BCHW, x_BCHW, codes.kl_N, values.kl_weight, self.loss_config)
         if not self._penalises_usage:
             return parts
@@ -188,15 +190,8 @@ class Trainer:
             shares.append(mean_posterior(z_NC, self.model.tables()) * batch.share)
         return self._summed(torch.stack(shares).sum(dim=0))
 
-    @torch.no_grad()
     def _reconstructions(self, pixels_BHWC: Pixels) -> Reconstructions:
-        model, x_BCHW = self.averaged_model, self._mapped(pixels_BHWC)
-        keys_B2 = quantizer.noise_keys(self.seed, EVALUATION_STEP, np.arange(len(x_BCHW))).to(self.device)
-        temperature = values_at(self.schedules, self.step).temperature
-        with self._autocast():
-            soft_stats_BCHW, codes = model(x_BCHW, keys_B2, temperature)
-            hard_stats_BCHW = model.decode_tokens(codes.tokens_N, model.grid_of(x_BCHW))
-        return Reconstructions(x_BCHW, soft_stats_BCHW, hard_stats_BCHW, codes)
+        return self._evaluator.reconstruct(pixels_BHWC, values_at(self.schedules, self.step).temperature)
 
     def _mapped(self, pixels_BHWC: Pixels) -> Tensor:
         return losses.map_pixels(torch.as_tensor(pixels_BHWC).to(self.device, non_blocking=True))

@@ -30,6 +30,7 @@ DOORS = {
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py"},
     "safetensors": {"model"},
+    "torchmetrics": {"model/perceptual.py"},
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
         "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from jobs import train_dvae, train_health, train_worker
+from jobs.model_card import card_of_training
 from jobs.train_dvae import TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
 from jobs.train_limits import Diverged, TooMuchBadData
@@ -91,6 +92,20 @@ def test_a_run_leaves_checkpoints_metrics_pictures_and_a_model(folder: Path) -> 
     picture = np.asarray(Image.open(calm / "pictures" / "step-00000024-reconstructions.png"))
     assert picture.shape == (2 * 20, 3 * 20, 3)  # two images; original, soft, hard; a frame around each
     assert Image.open(calm / "pictures" / "step-00000024-codes.png").size == (WIDTH, HEIGHT)
+
+
+def test_the_model_has_a_card_of_its_own_without_secrets(folder: Path, tmp_path: Path) -> None:
+    card = (folder / "calm" / "model" / "MODEL_CARD.md").read_text()
+    record = json.loads((folder / "calm" / "model" / "checkpoint.json").read_text())
+    last = [line for line in metric_lines(folder / "calm") if line["kind"] == "eval"][-1]
+    assert record["tokenizer_id"] in card and f"{last['psnr_hard']:.2f} dB" in card
+    assert "24 updates of 8 images" in card and "Images seen, repeats included: 192" in card
+    assert "Not stated" in card, "no licence was set"
+    record["extra"]["training_config"] |= {"license": "cc-by-4.0"}
+    record["extra"]["training_config"]["data"]["train_shards"] = ["https://me:secret@store.example/a.tar?sig=secret"]
+    text = card_of_training(record, []).decode()
+    assert "cc-by-4.0" in text and "Never evaluated" in text
+    assert "https://store.example/a.tar" in text and "secret" not in text
 
 
 def test_what_is_wrong_is_said_once_written_down_and_said_again_at_the_end(
