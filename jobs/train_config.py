@@ -54,11 +54,31 @@ class CheckpointConfig(Section):
     keep_last: Positive = 3
 
 
+class WandbConfig(Section):
+    """The key is the client's business: WANDB_API_KEY, or `wandb login`."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    """Of the run; null: the last name of `output`."""
+    mode: Literal["online", "offline"] = "online"
+
+
+class MlflowConfig(Section):
+    """Credentials are the client's business: MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN."""
+
+    experiment: str
+    tracking_uri: str | None = None
+    """null: MLFLOW_TRACKING_URI."""
+
+
 class LogConfig(Section):
     every_steps: Positive = 100
     """One line in metrics.jsonl, the mean over these steps."""
     tensorboard: bool = True
     """Event files under tensorboard/."""
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
 
 
 class RayConfig(Section):

@@ -15,6 +15,7 @@ from jobs.train_config import TrainConfig
 from jobs.train_health import standing
 from jobs.train_output import TrainOutput, check, claim, identity
 from jobs.train_progress import Status, StepProgress, TrainingFailed, stop_signals
+from jobs.train_trackers import check_installed
 from pipeline import storage
 from pipeline.errors import PipelineError, StorageError
 from pipeline.lease import Lease
@@ -38,6 +39,7 @@ def run_training(config: TrainConfig, command: str) -> int:
     Raises PipelineError (with an exit code of its own) and ModelError."""
     output = TrainOutput(storage.normalize(config.output))
     config = config.model_copy(update={"output": output.url})  # workers have another working directory
+    check_installed(config.log)
     train, val = _shards(config)
     mine = identity(config, train, val)
     check(output, mine)

@@ -17,6 +17,7 @@ from jobs.train_health import History, findings, standing
 from jobs.train_output import TrainOutput
 from jobs.train_ranks import Ranks
 from jobs.train_tensorboard import event_file
+from jobs.train_trackers import Trackers
 from model.config import ScheduleConfig
 from pipeline.pictures import encode_png
 
@@ -57,19 +58,24 @@ def _mean(rows: Iterable[Figures]) -> Figures:
 
 
 class Journal:
-    """metrics.jsonl and TensorBoard's events; rank 0's. Lines after the step from which a run goes on are dropped."""
+    """metrics.jsonl, TensorBoard's events and what trackers are told; rank 0's. Lines after the step from which a run
+    goes on are dropped."""
 
-    def __init__(self, output: TrainOutput, step: int, *, events: bool) -> None:
+    def __init__(self, output: TrainOutput, step: int, *, events: bool, trackers: Trackers | None = None) -> None:
         output.forget_after(step)
         kept = output.read_metrics()
-        self._output, self._events = output, events
+        self._output, self._events, self._trackers = output, events, trackers or Trackers()
         self._lines = [line for line in kept if line["step"] <= step]
         self._num_published = len(self._lines)
         if len(self._lines) < len(kept):
             output.write_metrics(self._lines)
+        self._trackers.send(self._lines, {})  # they leave out what they have
 
     def add(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         self._lines.append({"kind": kind, "step": step, **figures, "unix_s": round(time.time(), 3)})
+
+    def close(self, *, finished: bool) -> None:
+        self._trackers.close(finished=finished)
 
     @property
     def lines(self) -> tuple[dict[str, Any], ...]:
@@ -95,4 +101,5 @@ class Journal:
         if self._events:
             self._output.save_events(step, event_file(new, pngs))
         self._output.write_metrics(self._lines)
+        self._trackers.send(new, pngs)
         self._num_published = len(self._lines)

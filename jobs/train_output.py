@@ -5,6 +5,7 @@ checkpoints/step-00001000/      to resume from; checkpoint.json comes last and s
 metrics.jsonl       published whole at each evaluation and checkpoint (object stores cannot append)
 pictures/step-00001000-*.png    reconstructions (original | soft | hard), codes (how often each is used)
 tensorboard/        one events file for each publication of the metrics
+trackers.json       by what name Weights & Biases and MLflow know the run, where they are told of it; wandb/ is its own
 model/              the finished model, for `dvae tokenize`, with a card; its checkpoint.json is the end of the run
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from pipeline.output import read_json
 from pipeline.records import ObjectInfo
 
 RUN_FORMAT = 1
+TRACKERS = "trackers.json"
 Line = dict[str, Any]  # of metrics.jsonl
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -89,6 +92,14 @@ class TrainOutput:
 
     def save_events(self, step: int, events: bytes) -> None:
         storage.publish(self.file("tensorboard", f"events.out.tfevents.{step_name(step)}"), events)
+
+    def run_id(self) -> str:
+        """By which trackers know this run again; made the first time it is asked for."""
+        stored = read_json(self.file(TRACKERS))
+        if stored is None:
+            stored = {"run_id": uuid.uuid4().hex}
+            storage.publish(self.file(TRACKERS), json.dumps(stored).encode())
+        return str(stored["run_id"])
 
     def forget_after(self, step: int) -> None:
         """Remove what a killed run published after the checkpoint from which it goes on: it comes again."""

@@ -98,12 +98,19 @@ def model_of(trainer: Trainer, config: TrainConfig, ranks: Ranks) -> Snapshot:
 
 def _origin(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """How the weights came to be. The numerics are those of the last attempt."""
+    numerics = {"workers": ranks.world_size, "device": ranks.device.type, "threads": config.threads}
+    return {"training_config": public_settings(config), "numerics": numerics}
+
+
+def public_settings(config: TrainConfig) -> dict[str, Any]:
+    """Without the credentials of its URLs."""
     settings = config.model_dump(mode="json")
     settings["output"] = storage.public_url(config.output)
     for name in ("train_shards", "val_shards"):
         settings["data"][name] = [storage.public_url(pattern) for pattern in settings["data"][name]]
-    numerics = {"workers": ranks.world_size, "device": ranks.device.type, "threads": config.threads}
-    return {"training_config": settings, "numerics": numerics}
+    if (mlflow := settings["log"]["mlflow"]) and mlflow["tracking_uri"]:
+        mlflow["tracking_uri"] = storage.public_url(mlflow["tracking_uri"])
+    return settings
 
 
 def merged(shares: Sequence[dict[int, StreamCursor]]) -> tuple[StreamCursor, ...]:

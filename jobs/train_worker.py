@@ -20,7 +20,8 @@ from jobs.train_metrics import Journal, Window
 from jobs.train_output import TrainOutput
 from jobs.train_progress import Status
 from jobs.train_ranks import Ranks
-from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of, new_trainer, resume
+from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of, new_trainer, public_settings, resume
+from jobs.train_trackers import open_trackers, run_facts
 from jobs.train_uploads import Uploads
 from pipeline import storage
 from pipeline.records import ObjectInfo
@@ -74,7 +75,7 @@ class TrainingRun:
         progress = resume(self._trainer, config, self._output, ranks)
         self._samples = _samples(job, ranks, progress.cursors)
         self._window = Window(ranks, progress.rows)
-        self._journal = Journal(self._output, self.step, events=config.log.tensorboard) if ranks.is_first else None
+        self._journal = self._new_journal() if ranks.is_first else None
         self._speed, self._line_speed = Speed(self.step), Speed(self.step)
         self._status = Status(step=self.step)
         self._next_beat = self.step
@@ -85,8 +86,15 @@ class TrainingRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._samples.close()
+        if self._journal is not None:
+            self._journal.close(finished=error is None and self.step == self._config.steps)
         if error is not None and not isinstance(error, KeyboardInterrupt):
             self._uploads.wait_beside(error)
+
+    def _new_journal(self) -> Journal:
+        config, output = self._config, self._output
+        trackers = open_trackers(config.log, lambda: run_facts(output.url, output.run_id(), public_settings(config)))
+        return Journal(output, self.step, events=config.log.tensorboard, trackers=trackers)
 
     @property
     def step(self) -> int:

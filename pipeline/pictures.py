@@ -56,6 +56,12 @@ def encode_png(pixels_HWC: Pixels) -> bytes:
     return buffer.getvalue()
 
 
+def decode_png(data: bytes) -> Pixels:
+    """Of one that was made here."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def draw_groups(
     groups: Sequence[Group], *, title: str, headings: Sequence[str], groups_per_row: int, picture_px: int
 ) -> Pixels:

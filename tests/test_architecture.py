@@ -30,6 +30,8 @@ DOORS = {
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py"},
     "safetensors": {"model"},
+    "wandb": {"jobs/train_wandb.py"},
+    "mlflow": {"jobs/train_mlflow.py"},
     "torchmetrics": {"model/perceptual.py"},
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
