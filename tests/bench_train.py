@@ -33,7 +33,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from plain_bottleneck import plain_latent
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +42,7 @@ from model.config import DVAEConfig, LossConfig, OptimConfig, Ramp, ScheduleConf
 from model.dvae import DVAE, Grid, Relaxed
 from model.quantizer import CodeTables
 from model.trainer import Trainer
+from plain_bottleneck import plain_latent
 
 MARKS = {"times_as_fast": 1.5, "share_of_memory": 0.5}
 
