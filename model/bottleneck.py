@@ -2,7 +2,8 @@
 
 softmax((z·keysᵀ + bias + g)/τ)·codes is attention with noise. As in flash attention (arXiv 2205.14135) no (N, K) tensor
 is ever whole: positions pass in chunks that stay in the cache, through buffers that are made once, and the backward
-pass computes the logits and the noise of each chunk anew. Between the passes one number is kept for each position.
+pass computes the logits and the noise of each chunk anew. Between the passes one number is kept for each position. But
+where the keys are wide (OpenAI's head), logits cost more than all else together: then they are kept, once.
 All of it is in z's type, fp32 when training, whatever autocast says.
 """
 # N positions, n of one chunk, K codes, C channels of the keys, D channels of the codes; d_x: the loss's gradient in x
@@ -18,8 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model import quantizer
-from model.code_search import best_codes, chunk_rows
+from model.code_search import best_codes
 from model.quantizer import CodeTables, GumbelNoise
+
+CHUNK_BYTES = 4 << 20  # of one (n, K) buffer: three of them stay in the cache of a CPU
+WIDE_CHUNK_BYTES = 16 << 20  # products with wide keys gain more from many rows than they lose
+CUDA_CHUNK_BYTES = 128 << 20
+WIDE = 1024  # channels of keys from which on logits are kept for the backward pass
 
 
 class CodeFigures(NamedTuple):
@@ -34,17 +40,24 @@ def relaxed_latent(
     z_NC: Tensor, tables: CodeTables, noise: GumbelNoise, temperature: float
 ) -> tuple[Tensor, CodeFigures]:
     """softmax((log π + g)/τ)·codes + bias, (N, D), differentiable in z and in the tables; and the figures."""
+    keep = torch.is_grad_enabled() and z_NC.shape[1] >= WIDE
     with torch.autocast(z_NC.device.type, enabled=False):
-        latent_ND, *figures = _Bottleneck.apply(z_NC, *tables, noise, temperature)  # type: ignore[no-untyped-call]
+        latent_ND, *figures = _Bottleneck.apply(z_NC, *tables, noise, temperature, keep)  # type: ignore[no-untyped-call]
     return latent_ND, CodeFigures(*figures)
+
+
+def chunk_rows(num_codes: int, num_channels: int, device_type: str) -> int:
+    num_bytes = CHUNK_BYTES if num_channels < WIDE else WIDE_CHUNK_BYTES
+    return max(1, (CUDA_CHUNK_BYTES if device_type == "cuda" else num_bytes) // (4 * num_codes))
 
 
 @torch.no_grad()
 def mean_posterior(z_NC: Tensor, tables: CodeTables) -> Tensor:
     """`CodeFigures.posterior_K` alone, without gradients."""
     posterior_K = z_NC.new_zeros(len(tables.keys_KC))
-    for _, logits_nK, probs_nK, _ in _Chunks(z_NC, tables):
-        posterior_K += torch.softmax(logits_nK, dim=-1, out=probs_nK).sum(dim=0)
+    chunks = _Chunks(z_NC, tables)
+    for rows, _, probs_nK, _ in chunks:
+        posterior_K += torch.softmax(chunks.logits(rows), dim=-1, out=probs_nK).sum(dim=0)
     return posterior_K / len(z_NC)
 
 
@@ -54,26 +67,31 @@ class _Chunks:
     def __init__(self, z_NC: Tensor, tables: CodeTables) -> None:
         self._z_NC, self._tables = z_NC, tables
         num_codes, device = len(tables.keys_KC), z_NC.device
-        self._num_rows = max(1, min(len(z_NC), chunk_rows(num_codes, device.type)))
+        self._num_rows = max(1, min(len(z_NC), chunk_rows(num_codes, z_NC.shape[1], device.type)))
         self._buffers = tuple(z_NC.new_empty(self._num_rows, num_codes) for _ in range(3))
         self._for_noise = self._buffers[1:]
         if z_NC.dtype != torch.float32:  # noise is fp32 always
             self._for_noise = tuple(torch.empty(self._num_rows, num_codes, device=device) for _ in range(2))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Which positions, their logits, and the two other buffers."""
+        """Which positions, and the three buffers."""
         for begin in range(0, len(self._z_NC), self._num_rows):
             rows = slice(begin, min(begin + self._num_rows, len(self._z_NC)))
             first_nK, second_nK, third_nK = (each[: rows.stop - begin] for each in self._buffers)
-            yield rows, quantizer.logits(self._z_NC[rows], self._tables, out=first_nK), second_nK, third_nK
+            yield rows, first_nK, second_nK, third_nK
 
-    def relaxed(self, rows: slice, noise: GumbelNoise, temperature: float) -> Tensor:
-        """softmax((logits + g)/τ) in the last buffer; what was in the middle one is lost. The logits may be short of
-        a constant for each position: no softmax sees it."""
-        logits_nK, mixed_nK, soft_nK = (each[: rows.stop - rows.start] for each in self._buffers)
-        noise_nK = noise.draw(rows, *(each[: rows.stop - rows.start] for each in self._for_noise))
-        torch.add(logits_nK, noise_nK, out=mixed_nK).div_(temperature)
-        return torch.softmax(mixed_nK, dim=-1, out=soft_nK)
+    def logits(self, rows: slice, kept_NK: Tensor | None = None) -> Tensor:
+        """In the first buffer, or in their place among those that are kept."""
+        out_nK = self._buffers[0][: rows.stop - rows.start] if kept_NK is None else kept_NK[rows]
+        return quantizer.logits(self._z_NC[rows], self._tables, out=out_nK)
+
+    def relaxed(self, rows: slice, logits_nK: Tensor, noise: GumbelNoise, temperature: float) -> Tensor:
+        """softmax((logits + g)/τ) in the third buffer; what was in the second is lost. The logits may be short of a
+        constant for each position: no softmax sees it."""
+        n = rows.stop - rows.start
+        noise_nK = noise.draw(rows, *(each[:n] for each in self._for_noise))
+        mixed_nK = torch.add(logits_nK, noise_nK, out=self._buffers[1][:n]).div_(temperature)
+        return torch.softmax(mixed_nK, dim=-1, out=self._buffers[2][:n])
 
 
 class _Gradients:
@@ -115,24 +133,27 @@ class _Bottleneck(torch.autograd.Function):
         code_bias_D: Tensor | None,
         noise: GumbelNoise,
         temperature: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tables = CodeTables(keys_KC, key_bias_K, codes_KD, code_bias_D)
         latent_ND, posterior_K = z_NC.new_empty(len(z_NC), codes_KD.shape[1]), z_NC.new_zeros(len(keys_KC))
         log_sum_N1, kl_N = z_NC.new_empty(len(z_NC), 1), z_NC.new_empty(len(z_NC))
+        kept_NK = z_NC.new_empty(len(z_NC), len(keys_KC)) if keep else None
         tokens_N = torch.empty(len(z_NC), dtype=torch.int64, device=z_NC.device)
         chunks = _Chunks(z_NC, tables)
-        for rows, logits_nK, product_nK, exp_nK in chunks:
+        for rows, _, product_nK, exp_nK in chunks:
+            logits_nK = chunks.logits(rows, kept_NK)
             tokens_N[rows] = best_codes(logits_nK)
             largest_n1 = logits_nK.gather(1, tokens_N[rows, None])
             total_n = torch.exp(logits_nK.sub_(largest_n1), out=exp_nK).sum(dim=1)
-            log_sum_N1[rows] = largest_n1 + total_n.log()[:, None]
+            log_sum_N1[rows] = total_n.log()[:, None] + (0.0 if keep else largest_n1)
             weighted_n = torch.mul(logits_nK, exp_nK, out=product_nK).sum(dim=1)
             kl_N[rows] = weighted_n / total_n - total_n.log() + math.log(len(keys_KC))  # Σ π ln π + ln K
             posterior_K.addmv_(exp_nK.T, 1.0 / (total_n * len(z_NC)))
-            torch.mm(chunks.relaxed(rows, noise, temperature), codes_KD, out=latent_ND[rows])
+            torch.mm(chunks.relaxed(rows, logits_nK, noise, temperature), codes_KD, out=latent_ND[rows])
         if code_bias_D is not None:
             latent_ND += code_bias_D
-        ctx.save_for_backward(z_NC, *tables, log_sum_N1)
+        ctx.save_for_backward(z_NC, *tables, log_sum_N1, kept_NK)
         ctx.noise, ctx.temperature = noise, temperature
         ctx.mark_non_differentiable(tokens_N)
         ctx.set_materialize_grads(False)
@@ -143,26 +164,28 @@ class _Bottleneck(torch.autograd.Function):
     def backward(
         ctx: Any, d_latent_ND: Tensor | None, d_kl_N: Tensor | None, d_posterior_K: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        z_NC, *saved, log_sum_N1 = ctx.saved_tensors
+        z_NC, *saved, log_sum_N1, kept_NK = ctx.saved_tensors
         tables = CodeTables(*saved)
         gradients = _Gradients(z_NC, tables, ctx.needs_input_grad)
         d_mean_K = None if d_posterior_K is None else d_posterior_K / len(z_NC)
         chunks = _Chunks(z_NC, tables)
-        for rows, logits_nK, d_logits_nK, probs_nK in chunks:
+        for rows, log_probs_nK, d_logits_nK, probs_nK in chunks:
+            logits_nK = chunks.logits(rows) if kept_NK is None else kept_NK[rows]
             if d_latent_ND is None:
                 d_logits_nK.zero_()
             else:
-                soft_nK = chunks.relaxed(rows, ctx.noise, ctx.temperature)
+                soft_nK = chunks.relaxed(rows, logits_nK, ctx.noise, ctx.temperature)
                 gradients.add_codes(soft_nK, d_latent_ND[rows])
                 torch.mm(d_latent_ND[rows] / ctx.temperature, tables.codes_KD.T, out=d_logits_nK)
                 _through_softmax(d_logits_nK, soft_nK)
             if d_kl_N is not None or d_mean_K is not None:
-                torch.exp(logits_nK.sub_(log_sum_N1[rows]), out=probs_nK)
+                torch.sub(logits_nK, log_sum_N1[rows], out=log_probs_nK)
+                torch.exp(log_probs_nK, out=probs_nK)
                 d_kl_n1 = 0.0 if d_kl_N is None else d_kl_N[rows, None]
-                d_probs_nK = _d_probs(logits_nK, d_kl_n1, d_mean_K)
+                d_probs_nK = _d_probs(log_probs_nK, d_kl_n1, d_mean_K)
                 d_logits_nK += _through_softmax(d_probs_nK, probs_nK)
             gradients.add_logits(rows, d_logits_nK)
-        return *gradients.all(), None, None
+        return *gradients.all(), None, None, None
 
 
 def _d_probs(log_probs_nK: Tensor, d_kl_n1: Tensor | float, d_mean_K: Tensor | None) -> Tensor:

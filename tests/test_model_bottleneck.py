@@ -74,7 +74,12 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bottleneck, "chunk_rows", lambda *_: request.param)
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.fixture(params=[10**6, 1], ids=["logits again", "logits kept"])
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bottleneck, "WIDE", request.param)
+
+
+@pytest.mark.usefixtures("chunks", "kept")
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 1 / 16, 1e-3])
 @pytest.mark.parametrize("head", ["conv", "inner_product"])
 @pytest.mark.parametrize(("num_positions", "num_codes", "scale"), [(5, 37, 1.0), (1, 2, 1.0), (6, 64, 1e3)])
@@ -109,6 +114,7 @@ def test_autograd_agrees_with_finite_differences(head, monkeypatch):
     assert torch.autograd.gradcheck(outputs, (z_NC, *(leaves if head == "conv" else leaves[:1])))
 
 
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("output", ["latent", "kl", "posterior"])
 def test_a_loss_may_use_one_output_alone_and_train_a_part_alone(output):
     z_NC, tables = inputs("conv", torch.float64, 4, 11, 1.0)
@@ -170,25 +176,43 @@ def test_the_bits_are_the_same_run_to_run_and_however_the_batch_is_split():
         assert all(torch.equal(a, b) for a, b in zip(joined, whole, strict=True)), parts
 
 
-class _LargestMade(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation gave."""
+class _Made(TorchDispatchMode):
+    """How many elements each new piece of memory holds that any operation gave."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, Tensor] = {}  # held, so that no address is used twice
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for each in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(each, Tensor):
-                self.largest = max(self.largest, each.untyped_storage().nbytes() // each.element_size())
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in self._seen:
+                self._seen[each.untyped_storage().data_ptr()] = each
+                self.sizes.append(each.untyped_storage().nbytes() // each.element_size())
         return made
 
 
 def test_no_tensor_of_all_positions_and_codes_is_ever_made(monkeypatch):
     monkeypatch.setattr(bottleneck, "chunk_rows", lambda *_: 8)
     given = inputs("conv", torch.float32, 64, 100, 1.0)
-    with _LargestMade() as made:
+    with _Made() as made:
         everything(fused_latent, given, 0.5)
-    assert 8 * 100 <= made.largest <= 192 * 6  # a chunk, or z
-    with _LargestMade() as made:
+    assert 8 * 100 <= max(made.sizes) <= 192 * 6  # a chunk, or z
+    with _Made() as made:
         everything(plain_latent, given, 0.5)
-    assert made.largest == 192 * 100
+    assert max(made.sizes) == 192 * 100
+
+
+def test_logits_of_wide_keys_are_kept_for_a_backward_pass_alone_and_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(bottleneck, "chunk_rows", lambda *_: 8)
+    monkeypatch.setattr(bottleneck, "WIDE", 6)
+    z_NC, tables = inputs("conv", torch.float32, 64, 100, 1.0)
+    with _Made() as made, torch.no_grad():
+        fused_latent(z_NC, tables, KEYS_B2, 0.5)
+    assert max(made.sizes) < 192 * 100
+    with _Made() as made:
+        latent_ND, codes = fused_latent(z_NC, tables, KEYS_B2, 0.5)
+        gradients = [torch.autograd.grad(latent_ND.sum() + codes.kl_N.sum(), z_NC, retain_graph=True) for _ in range(2)]
+    assert made.sizes.count(192 * 100) == 1
+    assert torch.equal(gradients[0][0], gradients[1][0])
