@@ -190,6 +190,7 @@ class Process:
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
         command = [sys.executable, __file__, *arguments, "--child", name]
+        self._name = name
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 
@@ -197,7 +198,9 @@ class Process:
         assert self._child.stdin is not None
         self._child.stdin.write("\n")
         self._child.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        sys.stderr.write(f"{self._name}: {answer['seconds']:.2f} s, peak {answer['peak_bytes'] / 1e6:.0f} MB\n")
+        return answer
 
     def end(self) -> None:
         self._child.communicate()
