@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from jobs.config import Patterns, Section
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
@@ -81,9 +81,19 @@ class LogConfig(Section):
     mlflow: MlflowConfig | None = None
 
 
+def _workers(value: Any) -> int | tuple[int, int]:
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(each) is int for each in value):
+        fewest, most = value
+        if 1 <= fewest <= most:
+            return fewest, most
+    raise ValueError("must be a whole number of at least 0, or [fewest, most] with 1 <= fewest <= most")
+
+
 class RayConfig(Section):
-    num_workers: NotNegative = 1
-    """0: in this process, without Ray."""
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    """So many, or [fewest, most]: as many as there is room for. 0: in this process, without Ray."""
     use_gpu: bool = True
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
@@ -93,6 +103,16 @@ class RayConfig(Section):
     """Restarts from the newest checkpoint after the loss of a worker; -1: without end."""
     wait_s: Annotated[float, Field(ge=0)] = 300
     """For the GPUs and CPUs asked for."""
+    resize_every_s: Annotated[float, Field(gt=0)] = 60
+    """How often a group of [fewest, most] workers looks whether there is room for another number."""
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class TrainConfig(Section):
@@ -139,7 +159,7 @@ class TrainConfig(Section):
         return self
 
     def _problems(self) -> Iterator[str]:
-        data, workers = self.data, max(1, self.ray.num_workers)
+        data, workers = self.data, self.ray.most_workers
         if self.batch_size % data.num_streams:
             yield f"batch_size {self.batch_size} is not a multiple of data.num_streams {data.num_streams}"
         if workers > data.num_streams:

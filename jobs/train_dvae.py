@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.markup import escape
 from jobs.train_config import TrainConfig
 from jobs.train_health import standing
 from jobs.train_output import TrainOutput, check, claim, identity
-from jobs.train_progress import Status, StepProgress, TrainingFailed, stop_signals
+from jobs.train_progress import Status, StepProgress, TrainingFailed, Wish, stop_signals
 from jobs.train_trackers import check_installed
 from pipeline import storage
 from pipeline.errors import PipelineError, StorageError
@@ -68,7 +69,7 @@ def run_training(config: TrainConfig, command: str) -> int:
 
 def _announce(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> None:
     num_bytes = sum(shard.size_bytes for shard in train)
-    streams = config.data.num_streams // max(1, config.ray.num_workers)
+    streams = math.ceil(config.data.num_streams / max(1, config.ray.fewest_workers))
     waiting_bytes = 2 * streams * config.data.shuffle_shards * num_bytes // len(train)
     log.info(
         "training on %d shards (%.2f GB), %d held out; undecoded images of up to %.2f GB wait in each worker",
@@ -130,6 +131,9 @@ class HereDriver:
     progress: StepProgress
     stop: threading.Event
 
-    def report(self, status: Status) -> bool:
+    def report(self, status: Status) -> Wish:
         self.progress.show(status)
-        return self.stop.is_set()
+        return "stop" if self.stop.is_set() else "go on"
+
+    def must_leave(self) -> bool:
+        return False

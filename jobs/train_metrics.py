@@ -1,11 +1,12 @@
-"""The figures of a run, gathered over workers and steps, and published under its output.
+"""The figures of a run, gathered over steps, and published under its output.
 
-A figure of a training line is the mean over the steps since the last line, each the mean over the workers. The
-same numbers come out after a kill: what a line still waits for is part of the checkpoint.
+A figure of a training line is the mean over the steps since the last line. The same numbers come out after a kill:
+what a line still waits for is part of the checkpoint.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -15,7 +16,6 @@ import numpy as np
 
 from jobs.train_health import History, findings, standing
 from jobs.train_output import TrainOutput
-from jobs.train_ranks import Ranks
 from jobs.train_tensorboard import event_file
 from jobs.train_trackers import Trackers
 from model.config import ScheduleConfig
@@ -25,36 +25,32 @@ from pipeline.pictures import encode_png
 
 CLOCK_FIELDS = ("unix_s", "images_per_s")  # the only ones that differ from one run to the next
 Figures = dict[str, float]
+Row = dict[str, float | None]  # None: not finite
 
 
 class Window:
-    """Figures of the steps since the last training line."""
+    """Figures of the steps since the last training line: the global batch's, so the same on all ranks."""
 
-    def __init__(self, ranks: Ranks, rows: Iterable[Figures] = ()) -> None:
-        self._ranks, self._agreed = ranks, list(rows)
-        self._own: list[Figures] = []
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._rows = list(rows)
 
     def add(self, figures: Figures) -> None:
-        self._own.append(figures)
+        self._rows.append({name: value if math.isfinite(value) else None for name, value in figures.items()})
 
-    def rows(self) -> list[Figures]:
-        """Of each step the mean over the workers. All ranks must call it."""
-        shares = self._ranks.gather(self._own)
-        self._agreed += [_mean(rows) for rows in zip(*shares, strict=True)]
-        self._own = []
-        return self._agreed
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(self._rows)
 
-    def close(self) -> Figures:
-        """The mean over the steps; the next window begins. All ranks must call it."""
-        mean = _mean(self.rows())
-        self._agreed = []
-        return mean
+    def close(self) -> Row:
+        """The mean over the steps; the next window begins."""
+        rows, self._rows = self._rows, []
+        return {name: _mean([row[name] for row in rows]) for name in rows[0]}
 
 
-def _mean(rows: Iterable[Figures]) -> Figures:
-    """Added up one after the other, so that it is the same however the sum was interrupted."""
-    rows = list(rows)
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are numbers: a skipped step has no loss. Added up one after the other, so that it is the same
+    however the sum was interrupted."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 class Journal:

@@ -1,19 +1,23 @@
-"""Between rank 0 and the driver: how far training is, what went wrong, and the wish to stop."""
+"""Between rank 0 and the driver: how far training is, what went wrong, and what is wished of the workers."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Literal, get_args
 
 from jobs.progress import JobProgress
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
+Wish = Literal["go on", "save", "leave", "stop"]
+"""Of the training loop, from weak to strong: a checkpoint now; one, and then the workers end, to go on elsewhere; one,
+and then training ends."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Status:
     images_per_s: float = 0.0
     psnr_hard: float | None = None
     num_bad_images: int = 0
+    num_workers: int = 1
+    saved_step: int = 0  # of the newest whole checkpoint
     warnings: tuple[str, ...] = ()  # all of this attempt
 
     def __str__(self) -> str:
@@ -58,6 +64,7 @@ class Notes:
     failure: str | None = None  # an error that another start would only repeat
     exit_code: int = 0
     stopping: bool = False
+    saving: bool = False
 
 
 class Board:
@@ -70,10 +77,11 @@ class Board:
     def read(self) -> Notes:
         return self._notes
 
-    def report(self, status: Status) -> bool:
-        """From rank 0. True: stop after this step."""
-        self._notes = replace(self._notes, status=status)
-        return self._notes.stopping
+    def report(self, status: Status) -> Wish:
+        """From rank 0; the wish holds after this step."""
+        wish: Wish = "stop" if self._notes.stopping else "save" if self._notes.saving else "go on"
+        self._notes = replace(self._notes, status=status, saving=False)
+        return wish
 
     def lose(self, reason: str) -> None:
         self._notes = replace(self._notes, losses=(*self._notes.losses, reason))
@@ -83,6 +91,14 @@ class Board:
 
     def ask_to_stop(self) -> None:
         self._notes = replace(self._notes, stopping=True)
+
+    def ask_to_save(self) -> Notes:
+        self._notes = replace(self._notes, saving=True)
+        return self._notes
+
+
+def strongest(wishes: Iterable[Wish]) -> Wish:
+    return max(wishes, key=get_args(Wish).index)
 
 
 class StepProgress:

@@ -9,6 +9,7 @@ controller is placed too).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -21,14 +22,14 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import SWITCH_INTERVAL_S, ClusterError, connected, describe_resources
+from jobs.train_callbacks import LEAVING, ElasticTrainer, HearNotice, SaveBeforeResize, TellOfLosses, first_line
 from jobs.train_config import RayConfig
-from jobs.train_progress import Board, Notes, Status, StepProgress, TrainingFailed, stop_signals
+from jobs.train_progress import Board, Notes, Status, StepProgress, TrainingFailed, Wish, stop_signals
 from jobs.train_ranks import Ranks
 from jobs.train_worker import Ending, TrainJob, train
 from model.config import ModelError
@@ -50,9 +51,19 @@ def train_on_ray(job: TrainJob) -> Ending:
         _warn_of_a_local_output(job.config.output)
         if not _resources_there(settings, wait_s, stop):
             return "stopped"
-        with tempfile.TemporaryDirectory(prefix="dvae-train-") as folder, Watch(job.config.steps) as watch:
-            ending = _in_thread(_trainer(job, watch.board, folder))
-            return _result(ending, watch.board) if watch.until(ending, stop) else "stopped"
+        with Watch(job.config.steps) as watch:
+            while (ending := _one_group(job, watch, stop)) == "left":
+                log.warning("the workers left a machine that is about to go, after a checkpoint; going on elsewhere")
+                if not _resources_there(settings, math.inf, stop):
+                    return "stopped"
+            return ending
+
+
+def _one_group(job: TrainJob, watch: Watch, stop: threading.Event) -> Ending:
+    """Workers that Train starts again when one is lost, or when there is room for another number of them."""
+    with tempfile.TemporaryDirectory(prefix="dvae-train-") as folder:
+        ending = _in_thread(_trainer(job, watch.board, folder))
+        return _result(ending, watch.board) if watch.until(ending, stop) else "stopped"
 
 
 class Watch:
@@ -61,7 +72,7 @@ class Watch:
     def __init__(self, steps: int) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        self._shown, self._num_losses = StepProgress(steps), 0
+        self._shown, self._num_losses, self._num_workers = StepProgress(steps), 0, 0
         self._started = False
 
     def __enter__(self) -> Watch:
@@ -88,6 +99,9 @@ class Watch:
             log.warning("a worker was lost; training goes on from the newest checkpoint: %s", loss)
         self._num_losses = len(notes.losses)
         if notes.status is not None:
+            if notes.status.num_workers != self._num_workers:
+                self._num_workers = notes.status.num_workers
+                log.info("training with %d workers from step %d on", self._num_workers, notes.status.step)
             self._started = True
             self._shown.show(notes.status)
 
@@ -98,34 +112,31 @@ class RemoteDriver:
 
     board: Any
 
-    def report(self, status: Status) -> bool:
-        return bool(ray.get(self.board.report.remote(status)))
+    def report(self, status: Status) -> Wish:
+        wish: Wish = ray.get(self.board.report.remote(status))
+        return wish
 
-
-class TellOfLosses(UserCallback):  # type: ignore[misc]  # Ray has no types here
-    """Runs in Train's controller."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for rank, error in worker_exceptions.items():
-            self._board.lose.remote(f"rank {rank}: {_first_line(error)}")
+    def must_leave(self) -> bool:
+        return LEAVING.is_set()
 
 
 def _trainer(job: TrainJob, board: Any, folder: str) -> TorchTrainer:
     settings = job.config.ray
-    return TorchTrainer(
+    kind = TorchTrainer if isinstance(settings.num_workers, int) else ElasticTrainer
+    return kind(
         _work,
         train_loop_config={"job": job, "board": board},
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=_bundle(settings)
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker=_bundle(settings),
+            elastic_resize_monitor_interval_s=settings.resize_every_s,
         ),
         run_config=RunConfig(
             name="train",
             storage_path=folder,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            callbacks=[TellOfLosses(board)],
+            callbacks=[TellOfLosses(board), SaveBeforeResize(board), HearNotice()],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -178,10 +189,10 @@ def _bundle(settings: RayConfig) -> dict[str, float]:
 
 
 def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) -> bool:
-    """Wait for room for all workers (asking for it, so that a cluster that can grow does). False: it was to stop.
-    Raises ClusterError."""
-    wanted = f"{settings.num_workers} workers with {_bundle(settings)} each"
-    group = placement_group([_bundle(settings)] * settings.num_workers)
+    """Wait for room for the workers, the fewest that will do (asking for it, so that a cluster that can grow does).
+    False: it was to stop. Raises ClusterError."""
+    wanted = f"{settings.fewest_workers} workers with {_bundle(settings)} each"
+    group = placement_group([_bundle(settings)] * settings.fewest_workers)
     give_up_at, said = time.monotonic() + wait_s, False
     try:
         while not group.wait(timeout_seconds=1):
@@ -195,7 +206,8 @@ def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) 
                 )
             if not said:
                 said = True
-                log.warning("waiting up to %g s for %s: %s", wait_s, wanted, describe_resources())
+                patience = f"up to {wait_s:g} s " if math.isfinite(wait_s) else ""
+                log.warning("waiting %sfor %s: %s", patience, wanted, describe_resources())
     finally:
         remove_placement_group(group)
     return True
@@ -209,10 +221,5 @@ def _warn_of_a_local_output(url: str) -> None:
 def _cause(error: BaseException) -> str:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, failure = min(error.worker_failures.items())
-        return f"training failed once more than ray.max_failures allows; rank {rank}: {_first_line(failure)}"
-    return f"Ray Train failed: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+        return f"training failed once more than ray.max_failures allows; rank {rank}: {first_line(failure)}"
+    return f"Ray Train failed: {first_line(error)}"

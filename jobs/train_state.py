@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.checkpoints import file_reader
 from jobs.train_config import TrainConfig
-from jobs.train_metrics import Figures
+from jobs.train_metrics import Row
 from jobs.train_output import TrainOutput
 from jobs.train_ranks import Ranks
 from model.checkpoint import checkpoint_files, read_checkpoint
@@ -25,7 +25,7 @@ class Progress:
     """What, beside the trainer's tensors, must go on where it was."""
 
     cursors: tuple[StreamCursor, ...]  # of all streams
-    rows: tuple[Figures, ...] = ()  # of the metrics line begun
+    rows: tuple[Row, ...] = ()  # of the metrics line begun
 
     def to_json(self) -> dict[str, Any]:
         return {"cursors": [cursor.to_json() for cursor in self.cursors], "rows": list(self.rows)}

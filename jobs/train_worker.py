@@ -18,7 +18,7 @@ from jobs.train_evaluation import Evaluation
 from jobs.train_limits import counts, judge_data, judge_skips
 from jobs.train_metrics import Journal, Window
 from jobs.train_output import TrainOutput
-from jobs.train_progress import Status
+from jobs.train_progress import Status, Wish, strongest
 from jobs.train_ranks import Ranks
 from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of, new_trainer, public_settings, resume
 from jobs.train_trackers import open_trackers, run_facts
@@ -28,7 +28,8 @@ from pipeline.records import ObjectInfo
 from pipeline.training_order import StreamCursor, StreamOptions
 from pipeline.training_samples import TrainingSamples
 
-Ending = Literal["finished", "stopped"]
+Ending = Literal["finished", "stopped", "left"]  # left: to go on elsewhere
+ENDS: tuple[Wish, ...] = ("leave", "stop")
 BEAT_S = 1.0
 
 
@@ -42,25 +43,28 @@ class TrainJob:
 
 
 class Driver(Protocol):
-    def report(self, status: Status) -> bool:
-        """True: stop after this step."""
+    def report(self, status: Status) -> Wish:
+        """From rank 0."""
+
+    def must_leave(self) -> bool:
+        """Whether this worker's machine is about to go; asked on every rank."""
 
 
 def train(job: TrainJob, ranks: Ranks, driver: Driver) -> Ending:
-    """From the newest checkpoint (or the start) to the last step, or until the driver asks to stop."""
+    """From the newest checkpoint (or the start) to the last step, or until the workers are to stop or to leave."""
     config = job.config
     with TrainingRun(job, ranks, driver) as run:
-        stopping = run.heartbeat()
-        while run.step < config.steps and not stopping:
+        wish = run.heartbeat()
+        while run.step < config.steps and wish not in ENDS:
             run.update()
             if run.is_due(config.log.every_steps):
                 run.log()
             if run.is_due(config.eval.every_steps):
                 run.evaluate()
-            stopping = run.heartbeat()
-            if run.is_due(config.checkpoint.every_steps) or stopping:
+            wish = run.heartbeat()
+            if run.is_due(config.checkpoint.every_steps) or wish != "go on":
                 run.save()
-        return run.finish()
+        return run.finish(wish)
 
 
 class TrainingRun:
@@ -74,12 +78,12 @@ class TrainingRun:
         self._trainer = new_trainer(config, ranks)
         progress = resume(self._trainer, config, self._output, ranks)
         self._samples = _samples(job, ranks, progress.cursors)
-        self._window = Window(ranks, progress.rows)
+        self._window = Window(progress.rows)
         self._journal = self._new_journal() if ranks.is_first else None
         self._speed, self._line_speed = Speed(self.step), Speed(self.step)
-        self._status = Status(step=self.step)
+        self._status = Status(step=self.step, num_workers=ranks.world_size)
         self._next_beat = self.step
-        self._uploads = Uploads()
+        self._uploads, self._saved_step = Uploads(), self.step
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -133,18 +137,18 @@ class TrainingRun:
             self._status = replace(self._status, warnings=(*self._status.warnings, *told))
             self._journal.publish(self.step, self._evaluation.pictures(self._trainer, evaluated.histogram_K))
 
-    def heartbeat(self) -> bool:
-        """About once a second: tell the driver, and agree whether to stop and on the step of the next beat."""
+    def heartbeat(self) -> Wish:
+        """About once a second: tell the driver, and agree on what is wished and on the step of the next beat."""
         if self.step < self._next_beat:
-            return False
-        answer = self._beat() if self._ranks.is_first else None
-        stopping, self._next_beat = self._ranks.agree(answer) or (False, 0)
-        return stopping
+            return "go on"
+        said = self._ranks.gather(self._beat())
+        self._next_beat = said[0][1]
+        return strongest(wish for wish, _ in said)
 
     def save(self) -> None:
         """A checkpoint to go on from; before it the metrics up to here, so that no line is lost. The state is copied
         now, and published beside the steps that follow. Raises what the checkpoint before could not be saved for."""
-        progress = Progress(self._all_cursors(), tuple(self._window.rows()))
+        progress = Progress(self._all_cursors(), self._window.rows())
         self._trainer.gather_code_counts()
         if self._journal is not None:
             self._uploads.wait()
@@ -152,11 +156,12 @@ class TrainingRun:
             checkpoint = checkpoint_of(self._trainer, self._config, self._ranks, progress)
             self._uploads.start(lambda: self._publish(checkpoint))
 
-    def finish(self) -> Ending:
-        """Wait for the last checkpoint; publish the finished model, if this is the end."""
+    def finish(self, wish: Wish) -> Ending:
+        """Wait for the last checkpoint, and tell the driver; publish the finished model, if this is the end."""
         self._uploads.wait()
+        self._beat()
         if self.step < self._config.steps:
-            return "stopped"
+            return "left" if wish == "leave" else "stopped"
         if self._journal is not None:
             files = model_of(self._trainer, self._config, self._ranks).files()
             card = card_of_training(json.loads(files[RECORD]), self._journal.lines)
@@ -166,12 +171,18 @@ class TrainingRun:
     def _publish(self, checkpoint: Snapshot) -> None:
         """On the uploads' thread."""
         self._output.save_checkpoint(checkpoint.step, checkpoint.files(), self._config.checkpoint.keep_last)
+        self._saved_step = checkpoint.step
 
-    def _beat(self) -> tuple[bool, int]:
+    def _beat(self) -> tuple[Wish, int]:
+        own: Wish = "leave" if self._driver.must_leave() else "go on"
+        if not self._ranks.is_first:
+            return own, 0
         self._uploads.check()
         steps_per_s = self._speed.lap(self.step)
-        self._status = replace(self._status, step=self.step, images_per_s=steps_per_s * self._config.batch_size)
-        return self._driver.report(self._status), self.step + max(1, int(steps_per_s * BEAT_S))
+        images_per_s = steps_per_s * self._config.batch_size
+        self._status = replace(self._status, step=self.step, images_per_s=images_per_s, saved_step=self._saved_step)
+        wish = strongest((own, self._driver.report(self._status)))
+        return wish, self.step + max(1, int(steps_per_s * BEAT_S))
 
     def _all_cursors(self) -> tuple[StreamCursor, ...]:
         return merged(self._ranks.gather(self._samples.cursors()))

@@ -79,6 +79,10 @@ def test_a_ramp_given_in_part_keeps_dalles_other_numbers(tmp_path: Path) -> None
     [
         ({"batch_size": 6}, "batch_size 6 is not a multiple of data.num_streams 4"),
         ({"ray": {"num_workers": 5}}, "ray.num_workers 5 is more than data.num_streams 4: each needs one at least"),
+        ({"ray": {"num_workers": [2, 5]}}, "ray.num_workers 5 is more than data.num_streams 4"),
+        ({"ray": {"num_workers": [3, 2]}}, "ray.num_workers: must be a whole number of at least 0, or [fewest, most]"),
+        ({"ray": {"num_workers": [0, 2]}}, "with 1 <= fewest <= most (got [0, 2])"),
+        ({"ray": {"num_workers": "many"}}, "ray.num_workers: must be a whole number"),
         ({"data": {"val_shards": []}}, "data.val_shards is empty"),
         ({"image": {"size": 20}}, "image.size with model.downsample: image size 20 is not a multiple of"),
         ({"data": {"train_shards": []}}, "data.train_shards"),
@@ -89,6 +93,14 @@ def test_a_ramp_given_in_part_keeps_dalles_other_numbers(tmp_path: Path) -> None
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     assert said in refused(tmp_path, **changes)
+
+
+def test_a_range_of_workers_comes_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
+    ranged = load_config(TrainConfig, str(SHIPPED), ["ray.num_workers=[2,8]"])
+    assert (ranged.ray.num_workers, ranged.ray.fewest_workers, ranged.ray.most_workers) == ((2, 8), 2, 8)
+    again = check(TrainConfig, ranged.model_dump(mode="json"), "as it is submitted")
+    assert again == ranged
+    assert load_config(TrainConfig, str(SHIPPED), ["ray.num_workers=3"]).ray.fewest_workers == 3
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:

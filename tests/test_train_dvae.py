@@ -18,12 +18,13 @@ import yaml
 from PIL import Image
 
 from jobs import train_dvae, train_health, train_worker
+from jobs.checkpoints import TokenizerSource
 from jobs.model_card import card_of_training
 from jobs.train_dvae import TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
 from jobs.train_limits import Diverged, TooMuchBadData
 from jobs.train_output import TrainOutput, claim
-from jobs.train_progress import Status, TrainingFailed
+from jobs.train_progress import Status, TrainingFailed, Wish
 from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_worker import TrainJob, train
 from make_data import write_shards
@@ -52,19 +53,29 @@ class Dies(RuntimeError):
 
 
 class DriverAt:
-    """Kills training, or asks it to stop, when it reports one of these steps."""
+    """Kills training, or asks it to stop or to save, when it reports one of these steps; or its machine must go."""
 
-    def __init__(self, *, kill: int | None = None, stop: int | None = None) -> None:
-        self._kill, self._stop = kill, stop
+    def __init__(
+        self, *, kill: int | None = None, stop: int | None = None, save: int | None = None, leave: bool = False
+    ) -> None:
+        self._kill, self._stop, self._save, self._leave = kill, stop, save, leave
 
-    def report(self, status: Status) -> bool:
+    def report(self, status: Status) -> Wish:
         if status.step == self._kill:
             raise Dies
-        return status.step == self._stop
+        return "stop" if status.step == self._stop else "save" if status.step == self._save else "go on"
+
+    def must_leave(self) -> bool:
+        return self._leave
 
 
 def interrupt(
-    folder: Path, output: Path | str, driver: DriverAt, monkeypatch: pytest.MonkeyPatch, **changes: Any
+    folder: Path,
+    output: Path | str,
+    driver: DriverAt,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str = "stopped",
+    **changes: Any,
 ) -> None:
     """Train with a report at every step, until the driver ends it."""
     monkeypatch.setattr(train_worker, "BEAT_S", 0.0)
@@ -72,7 +83,7 @@ def interrupt(
     shards = [tuple(found) for found in train_dvae._shards(settled)]
     ranks = Ranks.join(use_gpu=False, threads=1)
     try:
-        assert train(TrainJob(settled, *shards), ranks, driver) == "stopped"
+        assert train(TrainJob(settled, *shards), ranks, driver) == ending
     except Dies:
         return
 
@@ -125,6 +136,19 @@ def test_what_is_wrong_is_said_once_written_down_and_said_again_at_the_end(
     assert f"warning: {words}" in capsys.readouterr().out
 
 
+def test_a_checkpoint_alone_tokenises_with_the_averaged_weights(folder: Path, tmp_path: Path) -> None:
+    calm = folder / "calm"
+    for name in ("checkpoint.json", "model.safetensors"):  # what resuming needs is no part of it
+        (tmp_path / name).write_bytes((calm / "checkpoints" / "step-00000024" / name).read_bytes())
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    found = [
+        TokenizerSource(str(url), device="cpu", precision="fp32", batch_size=4, threads=1).load()
+        for url in (tmp_path, calm / "model", calm / "checkpoints" / "step-00000015")
+    ]
+    assert found[0].tokenizer_id == found[1].tokenizer_id != found[2].tokenizer_id
+    assert np.array_equal(found[0].encode(images_BHWC), found[1].encode(images_BHWC))
+
+
 @pytest.mark.parametrize("step", [1, 5, 7, 13, 18, 20, 23, 24])
 def test_killed_at_any_step_and_run_again_the_weights_and_metrics_are_bit_identical(
     folder: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +167,28 @@ def test_stopped_saves_a_checkpoint_at_once_and_goes_on_bit_identically(
     assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
     assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
     assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+
+
+def test_a_wish_for_a_checkpoint_is_met_at_once_and_training_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(folder, tmp_path, DriverAt(save=3, stop=4), monkeypatch)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000004"]
+
+
+def test_a_worker_whose_machine_is_about_to_go_leaves_after_a_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LeavesAt(DriverAt):
+        def report(self, status: Status) -> Wish:
+            self._leave = status.step >= 6  # heard at the next beat
+            return super().report(status)
+
+    interrupt(folder, tmp_path, LeavesAt(), monkeypatch, ending="left")
+    assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000007")
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
 
 
 def test_one_worker_in_a_process_group_gives_the_same_bits_as_none(folder: Path, tmp_path: Path) -> None:
@@ -224,7 +270,7 @@ def test_steps_go_on_while_a_checkpoint_is_published(
     steps_go_on, seen = threading.Event(), []
 
     class Watches(DriverAt):
-        def report(self, status: Status) -> bool:
+        def report(self, status: Status) -> Wish:
             seen.append(status.step)
             if status.step == 8:
                 steps_go_on.set()

@@ -46,13 +46,13 @@ def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path, tmp_path: Path) -> None:
     """On unequal shards. Nothing of the killed driver is left when the same command runs again. (At three random steps
     and by the worker: test_train_killed.py.)"""
-    steps, mark = 120, uuid.uuid4().hex
+    steps, mark = 60, uuid.uuid4().hex
     driver = start_driver(folder, tmp_path / "killed", mark, steps=steps, ray=TWO)
     try:
-        wait_until(lambda: newest_step(tmp_path / "killed") >= 20, driver)
+        wait_until(lambda: newest_step(tmp_path / "killed") >= 10, driver)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        assert 20 <= newest_step(tmp_path / "killed") < steps
+        assert 10 <= newest_step(tmp_path / "killed") < steps
         assert run_two(folder, tmp_path / "calm", steps=steps) == [0, 0]
         assert survivors(mark) == []
     finally:
@@ -76,18 +76,22 @@ def test_a_cluster_without_room_is_said_after_the_stated_wait(folder: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_worker_is_replaced_within_the_same_run(folder: Path, tmp_path: Path) -> None:
-    steps, mark = 200, uuid.uuid4().hex
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, "a worker was lost"), (signal.SIGTERM, "the workers left a machine")]
+)
+def test_a_worker_killed_or_told_to_go_is_replaced_within_the_same_run(
+    folder: Path, tmp_path: Path, number: int, words: str
+) -> None:
+    steps, mark = 1000, uuid.uuid4().hex
     driver = start_driver(folder, tmp_path / "hurt", mark, steps=steps, ray=TWO)
     try:
         wait_until(lambda: newest_step(tmp_path / "hurt") >= 20, driver)
-        os.kill(named(mark, "RayTrainWorker")[0], signal.SIGKILL)
+        os.kill(named(mark, "RayTrainWorker")[0], number)
         said = driver.communicate(timeout=120)[0]
     finally:
         end(driver, mark)
     assert driver.returncode == 0, said
-    assert "a worker was lost" in said
+    assert words in said
     assert run_two(folder, tmp_path / "calm", steps=steps) == [0, 0]
     assert weights(tmp_path / "hurt", steps) == weights(tmp_path / "calm", steps)
     assert metric_lines(tmp_path / "hurt") == metric_lines(tmp_path / "calm")

@@ -102,7 +102,10 @@ def _rank(given: dict[str, Any], store: str, rank: int, kill: Kill | None) -> No
 class _Silent:
     """A driver that lets training run."""
 
-    def report(self, status: object) -> bool:
+    def report(self, status: object) -> str:
+        return "go on"
+
+    def must_leave(self) -> bool:
         return False
 
 
