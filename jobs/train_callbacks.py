@@ -69,11 +69,12 @@ def _save_now(board: Any) -> None:
 
 
 class Staying(ElasticScalingPolicy):  # type: ignore[misc]
-    """Counts no room on nodes that are about to go: Train does, and then waits for workers that Ray places nowhere."""
+    """Counts no room on nodes that are about to go, or have just gone: Train does, and then waits a minute for workers
+    that Ray places nowhere."""
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = draining_nodes()
-        stays = {node: resources for node, resources in reserved_resources.items() if node not in leaving}
+        there = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
+        stays = {node: resources for node, resources in reserved_resources.items() if node in there}
         return int(super()._count_possible_workers(stays))
 
 
