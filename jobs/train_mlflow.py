@@ -24,7 +24,7 @@ class MlflowTracker:
 
     def __init__(self, config: MlflowConfig, facts: RunFacts) -> None:
         self._client = MlflowClient(tracking_uri=config.tracking_uri)
-        experiment_id = self._experiment(config.experiment)
+        experiment_id = self._experiment(config.experiment, facts.folder)
         wanted = f"tags.`{RUN_TAG}` = '{facts.run_id}'"
         found = self._client.search_runs([experiment_id], filter_string=wanted, max_results=1)
         if found:
@@ -59,9 +59,15 @@ class MlflowTracker:
                 path.write_bytes(png)
                 self._client.log_artifact(self._run_id, str(path), name)
 
-    def _experiment(self, name: str) -> str:
+    def _experiment(self, name: str, folder: str) -> str:
+        """A store that is a file puts pictures into the working directory, unless it is told otherwise; on a worker
+        that is a folder of Ray's."""
         found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name))
+        if found:
+            return str(found.experiment_id)
+        has_server = str(self._client.tracking_uri).startswith(("http:", "https:", "databricks"))
+        beside = None if has_server else Path(folder, "mlartifacts").absolute().as_uri()
+        return str(self._client.create_experiment(name, artifact_location=beside))
 
 
 def _last_step(client: MlflowClient, run: Any) -> int:

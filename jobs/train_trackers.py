@@ -12,6 +12,7 @@ import os
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ from pipeline.urls import public_text
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]  # of metrics.jsonl
-CLOSE_WAIT_S = 60.0  # for what is still on its way
+CLOSE_WAIT_S = 10.0  # for what is still on its way, of all trackers together
 MAX_WAITING = 256  # publications; a tracker so far behind is dropped
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # in the environment
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # setting of `log` -> module
@@ -106,8 +107,9 @@ class Trackers:
     def close(self, *, finished: bool) -> None:
         for one in self._each:
             one.put(_Close(finished))
+        deadline = time.monotonic() + CLOSE_WAIT_S
         for one in self._each:
-            one.wait(CLOSE_WAIT_S)
+            one.wait(max(0.0, deadline - time.monotonic()))
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,18 @@ ENCODER_KERNELS: Kernels = (3, 3, 3, 1)
 DECODER_KERNELS: Kernels = (1, 3, 3, 3)
 
 
+class Group(nn.Sequential):
+    """With a `forward` of our own, for torch.compile makes no graph of torch's."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for layer in self:
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
 def _group(
     widths: tuple[int, int], kernels: Kernels, config: DVAEConfig, resize: tuple[str, nn.Module] | None
-) -> nn.Sequential:
+) -> Group:
     """`blocks_per_group` blocks from widths[0] to widths[1], then the pooling or upsampling, if any."""
     post_gain = 1.0 / (len(config.group_widths) * config.blocks_per_group) ** 2
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -83,13 +92,13 @@ def _group(
         layers[f"block_{i + 1}"] = Block(widths[0] if i == 0 else widths[1], widths[1], kernels, post_gain)
     if resize is not None:
         layers[resize[0]] = resize[1]
-    return nn.Sequential(layers)
+    return Group(layers)
 
 
 def _through(blocks: Iterable[nn.Module], x_BCHW: Tensor, *, recomputes: bool) -> Tensor:
     """`recomputes`: of each group only what goes in is kept; the backward pass computes the rest again, bit for bit."""
     for block in blocks:
-        if recomputes and torch.is_grad_enabled() and isinstance(block, nn.Sequential):
+        if recomputes and torch.is_grad_enabled() and isinstance(block, Group):
             x_BCHW = checkpoint(block, x_BCHW, use_reentrant=False, preserve_rng_state=False)
         else:
             x_BCHW = block(x_BCHW)
@@ -164,14 +173,14 @@ def _conv(blocks: nn.Sequential, name: str) -> Conv2d:
     return module
 
 
-def _pixel_head(width: int, stride: int) -> nn.Sequential:
+def _pixel_head(width: int, stride: int) -> Group:
     """The last 1×1 convolution; for a strided stem it makes stride² pixels at once, the stem's mirror."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["relu"] = nn.ReLU()
     layers["conv"] = Conv2d(width, 6 * stride * stride, 1)
     if stride > 1:
         layers["shuffle"] = nn.PixelShuffle(stride)
-    return nn.Sequential(layers)
+    return Group(layers)
 
 
 Grid = tuple[int, int, int]  # (B, H, W) of tokens

@@ -55,6 +55,8 @@ def loss_parts(stats_BCHW: Tensor, x_BCHW: Tensor, kl_N: Tensor, kl_weight: floa
     """`kl_N`: KL(q(z|x) ‖ uniform) of each position, in nats, from the noiseless logits."""
     reconstruction = negative_log_likelihood(stats_BCHW, x_BCHW, config).mean() / x_BCHW[0].numel()
     kl = kl_N.mean()
+    if not kl_weight:  # no gradient of zeros, for the bottleneck computes whatever it is asked for
+        return LossParts(reconstruction, reconstruction, kl.detach())
     return LossParts(reconstruction + kl_weight * kl * _positions_per_value(x_BCHW, len(kl_N)), reconstruction, kl)
 
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.compiled import compile_convolutions
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, Ramp, ScheduleConfig
+from model.dvae import Conv2d, seeded_dvae
 from model.trainer import Trainer
 
 PIXELS_BHWC = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
@@ -89,6 +91,24 @@ def test_compiled_training_learns_the_same_under_the_same_names(
     assert plain.keys() == compiled.keys()
     assert all(torch.allclose(plain[name], compiled[name], rtol=1e-2, atol=1e-4) for name in plain)
     assert math.isfinite(made.evaluate(PIXELS_BHWC[:1]).metrics()["psnr_hard"])
+
+
+def test_every_convolution_outside_the_bottleneck_is_compiled_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As deep as DALL·E's: torch gives up on a function after some graphs, and goes on uncompiled without an error."""
+    num_compiled: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Any:
+        num_compiled.append(sum(node.target is torch.conv2d for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=count))
+    model = seeded_dvae(DVAEConfig(codebook_size=32, width=8, decoder_init=8), 0)
+    compile_convolutions(model, torch.device("cpu"))
+    num_convolutions = sum(isinstance(module, Conv2d) for module in model.modules())
+    for batch_size in (2, 3, 4):
+        num_compiled.clear()
+        model(torch.rand(batch_size, 3, 16, 16), torch.zeros(batch_size, 2, dtype=torch.int32), 1.0)
+        assert sum(num_compiled) == num_convolutions - 2  # the encoder's last and the decoder's first
 
 
 def test_without_a_compiler_training_says_so_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

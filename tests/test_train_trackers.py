@@ -209,6 +209,7 @@ def test_mlflow_has_every_figure_once_after_a_resume(tmp_path: Path) -> None:
     assert [(each.step, each.value) for each in history] == [(line["step"], line["loss"]) for line in trained]
     assert run.info.status == "FINISHED" and run.data.params["optim.lr"] == "0.001"
     assert [each.path for each in client.list_artifacts(run.info.run_id, "codes")]
+    assert list((tmp_path / "out" / "mlartifacts").rglob("codes/*.png"))
 
 
 @pytest.mark.training
