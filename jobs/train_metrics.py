@@ -6,6 +6,7 @@ what a line still waits for is part of the checkpoint.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from pipeline.pictures import encode_png
 
 # H W pixel rows and columns, C = 3 colours
 
+log = logging.getLogger(__name__)
 CLOCK_FIELDS = ("unix_s", "images_per_s")  # the only ones that differ from one run to the next
 Figures = dict[str, float]
 Row = dict[str, float | None]  # None: not finite
@@ -99,3 +101,10 @@ class Journal:
         self._output.write_metrics(self._lines)
         self._trackers.send(new, pngs)
         self._num_published = len(self._lines)
+
+    def publish_beside(self, error: BaseException, step: int) -> None:
+        """Before `error` ends the run: the lines that led to it."""
+        try:
+            self.publish(step)
+        except Exception as other:  # noqa: BLE001 - said, and the first error is raised on
+            log.error("the last metrics could not be written: %s (beside %s)", other, type(error).__name__)

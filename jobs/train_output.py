@@ -59,9 +59,12 @@ class TrainOutput:
         return whole[max(whole)] if whole else None
 
     def save_checkpoint(self, step: int, files: Mapping[str, bytes], keep_last: int) -> None:
-        """Publish in the order given, the record last; then remove all but the newest `keep_last`."""
+        """Publish in the order given, the record last; then remove all before it but the newest `keep_last`, and what
+        kills left of others, whole or not."""
         self._publish(self.file("checkpoints", step_name(step)), files)
-        for old in sorted(self._whole_checkpoints())[:-keep_last]:
+        kept = sorted(self._whole_checkpoints())[-keep_last:]
+        found = (_step_in(info.url.rpartition("/")[0]) for info in storage.list_files(self.file("checkpoints")))
+        for old in {each for each in found if each is not None and each < step} - set(kept):
             self._remove_checkpoint(old)
 
     def save_model(self, files: Mapping[str, bytes]) -> None:

@@ -24,6 +24,7 @@ from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of
 from jobs.train_trackers import open_trackers, run_facts
 from jobs.train_uploads import Uploads
 from pipeline import storage
+from pipeline.errors import PipelineError
 from pipeline.records import ObjectInfo
 from pipeline.training_order import StreamCursor, StreamOptions
 from pipeline.training_samples import TrainingSamples
@@ -90,10 +91,14 @@ class TrainingRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._samples.close()
-        if self._journal is not None:
-            self._journal.close(finished=error is None and self.step == self._config.steps)
-        if error is not None and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):  # the second Ctrl-C waits for nothing
+            return
+        if error is not None:
             self._uploads.wait_beside(error)
+        if self._journal is not None:
+            if isinstance(error, PipelineError):
+                self._journal.publish_beside(error, self.step)
+            self._journal.close(finished=error is None and self.step == self._config.steps)
 
     def _new_journal(self) -> Journal:
         config, output = self._config, self._output

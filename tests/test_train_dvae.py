@@ -306,6 +306,15 @@ def test_steps_without_a_finite_loss_end_the_run_at_the_same_step_also_after_a_k
     assert ended.value.exit_code == 1
 
 
+def test_the_lines_that_led_to_a_failure_are_there_to_be_read(folder: Path, tmp_path: Path) -> None:
+    """Though neither an evaluation nor a checkpoint came in between."""
+    never = {"eval": {"every_steps": 1000}, "checkpoint": {"every_steps": 1000}, "log": {"every_steps": 2}}
+    with pytest.raises(Diverged):
+        diverging = config(folder, output=str(tmp_path), optim={"lr": 1e30}, max_skipped_steps=4, **never)
+        run_training(diverging, "dvae train")
+    assert [line["skipped_steps"] for line in TrainOutput(str(tmp_path)).read_metrics()] == [1, 3]
+
+
 def test_more_steps_take_a_finished_run_further(folder: Path, tmp_path: Path) -> None:
     short = config(folder, output=str(tmp_path), steps=15)
     assert run_training(short, "dvae train") == 0
@@ -406,6 +415,15 @@ def test_an_old_checkpoint_goes_with_what_a_killed_writer_left_in_it(tmp_path: P
     (tmp_path / "checkpoints" / "step-00000001" / ".model.safetensors.0123.tmp").write_bytes(b"half")
     output.save_checkpoint(2, {"checkpoint.json": b"{}"}, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_goes_when_a_later_one_is_whole(tmp_path: Path) -> None:
+    output = TrainOutput(str(tmp_path))
+    for step, record in ((3, {}), (7, {"checkpoint.json": b"{}"})):
+        output.save_checkpoint(step, {"model.safetensors": b"m", **record}, keep_last=2)
+        assert (tmp_path / "checkpoints" / "step-00000003").exists() == (step == 3)
+    output.save_checkpoint(9, {"checkpoint.json": b"{}"}, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000007", "step-00000009"]
 
 
 def test_held_out_shards_without_a_usable_image_are_an_error(folder: Path, tmp_path: Path) -> None:
