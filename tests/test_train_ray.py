@@ -82,7 +82,7 @@ def test_a_cluster_without_room_is_said_after_the_stated_wait(folder: Path, tmp_
 def test_a_worker_killed_or_told_to_go_is_replaced_within_the_same_run(
     folder: Path, tmp_path: Path, number: int, words: str
 ) -> None:
-    steps, mark = 1000, uuid.uuid4().hex
+    steps, mark = 400, uuid.uuid4().hex
     driver = start_driver(folder, tmp_path / "hurt", mark, steps=steps, ray=TWO)
     try:
         wait_until(lambda: newest_step(tmp_path / "hurt") >= 20, driver)
