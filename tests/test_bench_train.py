@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ import bench_train_gpu
 import peer_dalle_pytorch
 from make_data import write_shards
 from model.config import DVAEConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The least that DiscreteVAE is: its attributes, and its three ways of being called.
 STAND_IN = """
@@ -61,15 +62,6 @@ def stand_in(tmp_path: Path) -> str:
     (tmp_path / "dalle_pytorch" / "dalle_pytorch.py").write_text(STAND_IN)
     (tmp_path / "einops.py").write_text("rearrange = None")
     return str(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads that wait for each other on a busy machine make tiny models a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(program: str, *arguments: str) -> dict:

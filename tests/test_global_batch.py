@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from model.config import DVAEConfig, LossConfig, OptimConfig, Ramp, ScheduleConf
 from model.micro_batches import micro_batches
 from model.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = DVAEConfig(codebook_size=32, width=16, blocks_per_group=1, decoder_init=16, stem="strided", code_dim=8)
 SCHEDULES = ScheduleConfig(Ramp(1.0, 0.1, 20), Ramp(0.02, 0.02, 10), Ramp(1.0, 0.1, 20))
 BATCH = 6
@@ -25,14 +26,6 @@ BATCH = 6
 CASES = [
     (first, micro, usage) for first in (3, 4) for micro in (None, 1, 2, 3) for usage in (0.0, 0.3)
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer_of(usage: float, micro: int | None) -> Trainer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,10 @@ from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, Ramp, 
 from model.dvae import Conv2d, seeded_dvae
 from model.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PIXELS_BHWC = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 SCHEDULES = ScheduleConfig(Ramp(1.0, 0.5, 20), Ramp(0.0, 0.02, 10), usage_weight=Ramp(0.1, 0.1, 1))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer(precision: Any = "fp32", **options: Any) -> Trainer:

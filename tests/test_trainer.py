@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,11 @@ from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, Ramp, 
 from model.metrics import EvalSums
 from model.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = DVAEConfig(codebook_size=32, width=16, blocks_per_group=1, decoder_init=16, stem="strided", code_dim=8)
 OPTIM = OptimConfig(lr=3e-3, ema_decay=0.9)
 SCHEDULES = ScheduleConfig(Ramp(1.0, 0.1, 20), Ramp(0.0, 0.02, 10), Ramp(1.0, 0.1, 20, warmup=2))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads that wait for each other on a busy machine make tiny models a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _trainer(seed: int = 0, **changes: Any) -> Trainer:
