@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from jobs.checkpoints import file_reader, find_checkpoint
 from jobs.progress import JobProgress
 from jobs.train_evaluation import side_by_side
+from model import losses
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.config import LossConfig, Ramp
 from model.evaluation import Evaluator, PixelMetric
@@ -41,7 +42,7 @@ from pipeline.shards import read_samples
 
 DECODE_THREADS = 4
 NUM_PICTURES = 8
-SOFT = ("psnr_soft", "ssim_soft", "nats_per_value")  # what needs the temperature of training
+SOFT = ("psnr_soft", "ssim_soft", *losses.FIGURES.values())  # what needs the temperature of training
 
 
 class NothingToEvaluate(PipelineError):
@@ -149,7 +150,8 @@ class _Tally:
         if not batch.samples:
             return
         pixels_BHWC = batch.pixels_BHWC[: len(batch.samples)]
-        made = self._evaluator.reconstruct(pixels_BHWC, self._temperature or 1.0)
+        places_B = self.num_images + np.arange(len(pixels_BHWC))
+        made = self._evaluator.reconstruct(pixels_BHWC, places_B, self._temperature or 1.0)
         self.sums += made.sums()
         for metric in self._metrics:
             metric.add(made.x_BCHW, made.hard_BCHW)
@@ -163,7 +165,7 @@ class _Tally:
         return self.sums.metrics()["psnr_hard"] if self.num_images else math.nan
 
     def figures(self, checkpoint: Checkpoint) -> dict[str, float]:
-        figures = self.sums.metrics()
+        figures = self.sums.metrics(self._evaluator.likelihood)
         if self._temperature is None:
             figures = {name: value for name, value in figures.items() if name not in SOFT}
         positions = math.prod(checkpoint.dvae_config.grid(checkpoint.image_spec["size"]))

@@ -39,7 +39,7 @@ class TellOfLosses(UserCallback):  # type: ignore[misc]  # Ray has no types here
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in worker_exceptions.items():
-            self._board.lose.remote(f"rank {rank}: {first_line(error)}")
+            self._board.lose.remote(f"the worker of rank {rank} was lost ({first_line(error)})")
 
 
 class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]

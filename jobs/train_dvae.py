@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,7 +18,7 @@ from jobs.train_config import TrainConfig
 from jobs.train_health import standing
 from jobs.train_output import TrainOutput, check, claim, identity
 from jobs.train_progress import Status, StepProgress, TrainingFailed, Wish, stop_signals
-from jobs.train_trackers import check_installed
+from jobs.train_trackers import check_trackers
 from pipeline import storage
 from pipeline.errors import PipelineError, StorageError
 from pipeline.lease import Lease
@@ -35,12 +37,16 @@ class TrainedOnHeldOut(PipelineError):
     """A shard is in both lists."""
 
 
+class StepsPassed(PipelineError):
+    """The output is further than training is to go."""
+
+
 def run_training(config: TrainConfig, command: str) -> int:
     """Train until config.steps, from wherever the output is. The exit code; `command` is the line to run again.
     Raises PipelineError (with an exit code of its own) and ModelError."""
     output = TrainOutput(storage.normalize(config.output))
     config = config.model_copy(update={"output": output.url})  # workers have another working directory
-    check_installed(config.log)
+    check_trackers(config.log, output.url)
     train, val = _shards(config)
     mine = identity(config, train, val)
     check(output, mine)
@@ -49,12 +55,13 @@ def run_training(config: TrainConfig, command: str) -> int:
     if done is not None and done >= config.steps:
         console.print(f"nothing to do: all {done} steps are done; the model is in {escape(output.model_folder())}")
         return FINISHED
+    _refuse_to_go_back(output, config.steps)
     _announce(config, train, val)
     try:
-        with Lease(OutputPrefix(output.url)):
+        with Lease(OutputPrefix(output.url)) as lease:
             claim(output, mine)
             storage.remove_temporaries(output.url)
-            ending = _train(config, train, val)
+            ending = _train(config, train, val, partial(_check, lease))
     except KeyboardInterrupt:
         ending = "stopped"
     if ending == "stopped":
@@ -65,6 +72,15 @@ def run_training(config: TrainConfig, command: str) -> int:
     )
     _say_what_is_wrong(output, console)
     return FINISHED
+
+
+def _refuse_to_go_back(output: TrainOutput, steps: int) -> None:
+    newest = output.newest_step()
+    if newest > steps:
+        raise StepsPassed(
+            f"{output.url} has a checkpoint of step {newest:,} already, and steps={steps:,}: raise steps, choose "
+            f"another output, or use that checkpoint as it is (`dvae tokenize … checkpoint={output.url}`)"
+        )
 
 
 def _announce(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> None:
@@ -100,28 +116,35 @@ def _shards(config: TrainConfig) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     return train, val
 
 
-def _train(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo]) -> Ending:
+def _check(lease: Lease) -> None:
+    """Raises RunHeld once another driver has the output. A store that is away is no reason to end: what is saved asks
+    it again, and the lease says so itself."""
+    with suppress(StorageError):
+        lease.check()
+
+
+def _train(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo], check: Callable[[], None]) -> Ending:
     from jobs.train_worker import TrainJob  # torch and Ray are imported only where there is work
 
     job = TrainJob(config, tuple(train), tuple(val))
     try:
         if config.ray.num_workers == 0:
-            return _train_here(job)
+            return _train_here(job, check)
         from jobs.train_ray import train_on_ray
 
-        return train_on_ray(job)
+        return train_on_ray(job, check)
     except StorageError as error:
         raise TrainingFailed(f"{error}; the same command goes on from the newest checkpoint") from error
 
 
-def _train_here(job: TrainJob) -> Ending:
+def _train_here(job: TrainJob, check: Callable[[], None]) -> Ending:
     """The same loop, in this process."""
     from jobs.train_ranks import Ranks
     from jobs.train_worker import train
 
     ranks = Ranks.join(use_gpu=job.config.ray.use_gpu, threads=job.config.threads)
     with closing(StepProgress(job.config.steps)) as progress, stop_signals() as stop:
-        return train(job, ranks, HereDriver(progress, stop))
+        return train(job, ranks, HereDriver(progress, stop, check))
 
 
 @dataclass(frozen=True)
@@ -130,8 +153,10 @@ class HereDriver:
 
     progress: StepProgress
     stop: threading.Event
+    check: Callable[[], None]
 
     def report(self, status: Status) -> Wish:
+        self.check()
         self.progress.show(status)
         return "stop" if self.stop.is_set() else "go on"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from jobs.train_ranks import Ranks
 from model.metrics import EvalSums
 from model.trainer import Trainer
 from pipeline.errors import PipelineError
-from pipeline.held_out import batches, held_out_images
+from pipeline.held_out import held_out_images
 from pipeline.rank_chart import draw_ranked
 from pipeline.records import ObjectInfo
 
@@ -43,31 +43,33 @@ class Evaluation:
             shards, spec, config.eval.num_images,
             rank=ranks.rank, world_size=ranks.world_size, decode_threads=threads,
         )  # fmt: skip
-        self._pixels_NHWC = share.pixels_NHWC
-        counts = ranks.gather((len(share.pixels_NHWC), share.num_bad))
-        self._num_images, self._num_bad = (sum(column) for column in zip(*counts, strict=True))
+        shares = ranks.gather((share.places_N, share.num_bad))
+        usable = np.sort(np.concatenate([places for places, _ in shares]))
+        self._num_images, self._num_bad = len(usable), sum(num_bad for _, num_bad in shares)
         if not self._num_images:
             raise NothingHeldOut(
                 f"data.val_shards: not one of the first {self._num_bad} samples is a usable image of {spec.size} "
                 "pixels; name other shards, or set eval.every_steps=0"
             )
         shown = config.eval.num_pictures if ranks.is_first else 0
+        # Places among the usable ones, as `dvae eval` counts: the same noise, so the same figures
+        self._share = replace(share, places_N=np.searchsorted(usable, share.places_N))
         self._shown_NHWC = held_out_images(shards, spec, shown, decode_threads=threads).pixels_NHWC
 
     def evaluate(self, trainer: Trainer) -> Evaluated:
         """All ranks must call it."""
         sums = EvalSums.zeros(self._config.model.codebook_size)
-        for pixels_BHWC in batches(self._pixels_NHWC, self._config.eval.batch_size):
-            sums += trainer.evaluate(pixels_BHWC)
+        for pixels_BHWC, places_B in self._share.batches(self._config.eval.batch_size):
+            sums += trainer.evaluate(pixels_BHWC, places_B)
         total = EvalSums.from_array(np.sum(self._ranks.gather(sums.to_array()), axis=0))
         counts = {"num_images": self._num_images, "num_bad_images": self._num_bad}
-        return Evaluated({**total.metrics(), **counts}, total.histogram_K)
+        return Evaluated({**total.metrics(self._config.loss.likelihood), **counts}, total.histogram_K)
 
     def pictures(self, trainer: Trainer, histogram_K: NDArray[np.float64]) -> dict[str, np.ndarray]:
         """By name, (H, W, C): the codes by use; original | soft | hard, one row an image. The first rank's."""
         pictures = {"codes": draw_codes(histogram_K, f"Codes at step {trainer.step:,}")}
         if len(self._shown_NHWC):
-            soft_NHWC, hard_NHWC = trainer.reconstruct(self._shown_NHWC)
+            soft_NHWC, hard_NHWC = trainer.reconstruct(self._shown_NHWC, np.arange(len(self._shown_NHWC)))
             pictures["reconstructions"] = side_by_side(self._shown_NHWC, soft_NHWC, hard_NHWC)
         return pictures
 

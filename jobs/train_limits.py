@@ -15,7 +15,7 @@ MIN_SAMPLES_JUDGED = 100  # before the share of bad ones says anything
 
 
 class TooMuchBadData(PipelineError):
-    """More bad images or unreadable shards than the run allows."""
+    """More bad images or damaged shards than the run allows."""
 
     exit_code = 1
 
@@ -24,6 +24,19 @@ class Diverged(PipelineError):
     """Step after step without a finite loss and gradient."""
 
     exit_code = 1
+
+
+class TooLittleMemory(PipelineError):
+    """A step does not fit into the GPU; another attempt would not either."""
+
+    exit_code = 1
+
+
+def too_little_memory(error: BaseException) -> TooLittleMemory:
+    return TooLittleMemory(
+        "a step does not fit into the GPU's memory: lower micro_batch_size (the global batch stays as it is), or set "
+        f"checkpoint_activations=true or precision=bf16 ({str(error).partition(chr(10))[0]})"
+    )
 
 
 def counts(cursors: tuple[StreamCursor, ...]) -> dict[str, int]:
@@ -49,7 +62,7 @@ def judge_data(config: TrainConfig, shards: tuple[ObjectInfo, ...], cursors: tup
         places = sorted({place for cursor in cursors for place in cursor.failed_shards})
         names = ", ".join(storage.public_url(shards[place].url) for place in places[:3])
         raise TooMuchBadData(
-            f"{failed} training shards cannot be read ({names}{', …' if failed > 3 else ''}), over the limit "
+            f"{failed} training shards are damaged ({names}{', …' if failed > 3 else ''}), over the limit "
             f"data.max_failed_shards={data.max_failed_shards}; repair them, or raise the limit to go on without them"
         )
 

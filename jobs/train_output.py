@@ -37,7 +37,7 @@ def step_name(step: int) -> str:
 
 
 def _step_in(url: str) -> int | None:
-    match = _STEP.search(url.rpartition("/")[2]) or _STEP.search(url)
+    match = _STEP.search(url.rpartition("/")[2])
     return int(match[1]) if match else None
 
 
@@ -53,10 +53,14 @@ class TrainOutput:
     def model_folder(self) -> str:
         return self.file(TRAINED_MODEL)
 
-    def newest_checkpoint(self) -> str | None:
-        """The URL of the whole checkpoint with the highest step."""
-        whole = self._whole_checkpoints()
-        return whole[max(whole)] if whole else None
+    def checkpoints(self) -> list[str]:
+        """The URLs of those with a record, the newest first."""
+        found = self._whole_checkpoints()
+        return [found[step] for step in sorted(found, reverse=True)]
+
+    def newest_step(self) -> int:
+        """Of the checkpoints; 0 where there is none."""
+        return max(self._whole_checkpoints(), default=0)
 
     def save_checkpoint(self, step: int, files: Mapping[str, bytes], keep_last: int) -> None:
         """Publish in the order given, the record last; then remove all before it but the newest `keep_last`, and what

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from pipeline.errors import PipelineError
 
+OutOfMemory = torch.OutOfMemoryError
 T = TypeVar("T")
 
 

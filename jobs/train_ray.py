@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,14 @@ from pipeline.errors import PipelineError, StorageError
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
+SAY_EVERY_S = 60.0
 OWN_CLUSTER_WAIT_S = 5.0  # one of this machine alone cannot grow
-STOP_GRACE_S = 60.0  # for the step under way and its checkpoint
+STOP_GRACE_S = 600.0  # for the step under way and its checkpoint on a slow store; asked twice, nobody waits
 
 
-def train_on_ray(job: TrainJob) -> Ending:
-    """Raises TrainingFailed, ClusterError; KeyboardInterrupt at a second signal."""
+def train_on_ray(job: TrainJob, check: Callable[[], None]) -> Ending:
+    """`check` is called all the while, and may raise. Raises TrainingFailed, ClusterError; KeyboardInterrupt at a
+    second signal."""
     settings = job.config.ray
     ours = not (ray.is_initialized() or settings.address or os.environ.get("RAY_ADDRESS"))
     wait_s = min(settings.wait_s, OWN_CLUSTER_WAIT_S) if ours else settings.wait_s
@@ -51,7 +54,7 @@ def train_on_ray(job: TrainJob) -> Ending:
         _warn_of_a_local_output(job.config.output)
         if not _resources_there(settings, wait_s, stop):
             return "stopped"
-        with Watch(job.config.steps) as watch:
+        with Watch(job.config.steps, check) as watch:
             while (ending := _one_group(job, watch, stop)) == "left":
                 log.warning("the workers left a machine that is about to go, after a checkpoint; going on elsewhere")
                 if not _resources_there(settings, math.inf, stop):
@@ -69,7 +72,8 @@ def _one_group(job: TrainJob, watch: Watch, stop: threading.Event) -> Ending:
 class Watch:
     """The driver's look at the board."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, check: Callable[[], None]) -> None:
+        self._check = check
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         self._shown, self._num_losses, self._num_workers = StepProgress(steps), 0, 0
@@ -85,6 +89,7 @@ class Watch:
     def until(self, ending: Future[Any], stop: threading.Event) -> bool:
         """Show progress until training ends. False: it was to stop, and would not within the grace."""
         while not ending.done() and not stop.wait(POLL_S):
+            self._check()
             self._look()
         if stop.is_set() and self._started:
             log.warning("stopping: a checkpoint is saved first (once more to stop at once)")
@@ -95,8 +100,8 @@ class Watch:
 
     def _look(self) -> None:
         notes: Notes = ray.get(self.board.read.remote())
-        for loss in notes.losses[self._num_losses :]:
-            log.warning("a worker was lost; training goes on from the newest checkpoint: %s", loss)
+        for loss in notes.losses[self._num_losses :] if notes.failure is None else ():
+            log.warning("%s; training goes on from the newest checkpoint, as often as ray.max_failures allows", loss)
         self._num_losses = len(notes.losses)
         if notes.status is not None:
             if notes.status.num_workers != self._num_workers:
@@ -193,7 +198,7 @@ def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) 
     False: it was to stop. Raises ClusterError."""
     wanted = f"{settings.fewest_workers} workers with {_bundle(settings)} each"
     group = placement_group([_bundle(settings)] * settings.fewest_workers)
-    give_up_at, said = time.monotonic() + wait_s, False
+    give_up_at, say_at = time.monotonic() + wait_s, time.monotonic()
     try:
         while not group.wait(timeout_seconds=1):
             if stop.is_set():
@@ -204,8 +209,8 @@ def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) 
                     "lower ray.num_workers, ray.gpus_per_worker or ray.cpus_per_worker, set ray.use_gpu=false, or add "
                     "machines to the cluster; configs/demo_train.yaml is a recipe for a laptop"
                 )
-            if not said:
-                said = True
+            if time.monotonic() >= say_at:
+                say_at = time.monotonic() + SAY_EVERY_S
                 patience = f"up to {wait_s:g} s " if math.isfinite(wait_s) else ""
                 log.warning("waiting %sfor %s: %s", patience, wanted, describe_resources())
     finally:

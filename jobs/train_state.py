@@ -12,7 +12,7 @@ from jobs.train_config import TrainConfig
 from jobs.train_metrics import Row
 from jobs.train_output import TrainOutput
 from jobs.train_ranks import Ranks
-from model.checkpoint import checkpoint_files, read_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_checkpoint
 from model.trainer import Trainer
 from pipeline import storage
 from pipeline.training_order import StreamCursor
@@ -52,15 +52,36 @@ def new_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
 
 
 def resume(trainer: Trainer, config: TrainConfig, output: TrainOutput, ranks: Ranks) -> Progress:
-    """Load the newest whole checkpoint into the trainer. All ranks take the one that the first one found."""
-    found = ranks.agree(output.newest_checkpoint() if ranks.is_first else None)
+    """Load the newest whole checkpoint into the trainer. All ranks take the one that the first one found. Raises
+    CheckpointError where there are some, and none is whole."""
+    found, checkpoint = _newest_whole(output) if ranks.is_first else (None, None)
+    found = ranks.agree(found)
     if found is None:
         return Progress((StreamCursor(),) * config.data.num_streams)
-    checkpoint = read_checkpoint(file_reader(found), with_training_state=True)
+    checkpoint = checkpoint or _read(found)
     assert checkpoint.training_state is not None
     trainer.load_state_tensors(checkpoint.training_state)
     log.info("going on from %s", found)
     return Progress.from_json(checkpoint.extra["progress"])
+
+
+def _newest_whole(output: TrainOutput) -> tuple[str | None, Checkpoint | None]:
+    """Going on from an earlier one costs time, and gives the same bits."""
+    found = output.checkpoints()
+    for url in found:
+        try:
+            return url, _read(url)
+        except CheckpointError as error:
+            log.warning("%s is passed over: %s", url, error)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints of {output.url} is whole; remove them to begin anew"
+        )
+    return None, None
+
+
+def _read(url: str) -> Checkpoint:
+    return read_checkpoint(file_reader(url), with_training_state=True)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class TrackerMissing(PipelineError):
     """A tracker is configured, and its package isn't there."""
 
 
+class NowhereToKeep(PipelineError):
+    """A tracker would keep its files where nobody finds them."""
+
+
 class Tracker(Protocol):
     """Made, called and closed on one thread. May raise anything."""
 
@@ -59,14 +63,19 @@ def run_facts(output_url: str, run_id: str, settings: Mapping[str, Any]) -> RunF
     return RunFacts(run_id, storage.base_name(output_url), settings, folder)
 
 
-def check_installed(config: LogConfig) -> None:
-    """Raises TrackerMissing, before anything starts."""
+def check_trackers(config: LogConfig, output_url: str) -> None:
+    """Raises TrackerMissing or NowhereToKeep, before anything starts."""
     for setting, module in PACKAGES.items():
         if getattr(config, setting) is not None and importlib.util.find_spec(module) is None:
             raise TrackerMissing(
                 f"log.{setting} is set, but {module} is not installed: pip install 'dvae-ray[{setting}]', "
                 f"or leave log.{setting} out"
             )
+    if config.wandb is not None and config.wandb.mode == "offline" and not storage.is_local(output_url):
+        raise NowhereToKeep(
+            f"log.wandb.mode=offline keeps its files in the output, which must be a path for that, not {output_url}; "
+            "use mode=online, or leave log.wandb out: metrics.jsonl has every figure"
+        )
 
 
 def open_trackers(config: LogConfig, facts: Callable[[], RunFacts]) -> Trackers:

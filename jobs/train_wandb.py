@@ -18,6 +18,7 @@ class WandbTracker:
 
     def __init__(self, config: WandbConfig, facts: RunFacts) -> None:
         Path(facts.folder).mkdir(parents=True, exist_ok=True)
+        wandb.setup(settings=wandb.Settings(silent=True))  # else it asks for a key, where there is a terminal
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,

@@ -6,7 +6,9 @@ Driven by steps, never by the end of a shard list, so unequal shards or fewer sh
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Protocol
@@ -15,20 +17,21 @@ from jobs.checkpoints import RECORD
 from jobs.model_card import CARD, card_of_training
 from jobs.train_config import TrainConfig
 from jobs.train_evaluation import Evaluation
-from jobs.train_limits import counts, judge_data, judge_skips
+from jobs.train_limits import counts, judge_data, judge_skips, too_little_memory
 from jobs.train_metrics import Journal, Window
 from jobs.train_output import TrainOutput
 from jobs.train_progress import Status, Wish, strongest
-from jobs.train_ranks import Ranks
+from jobs.train_ranks import OutOfMemory, Ranks
 from jobs.train_state import Progress, Snapshot, checkpoint_of, merged, model_of, new_trainer, public_settings, resume
 from jobs.train_trackers import open_trackers, run_facts
 from jobs.train_uploads import Uploads
 from pipeline import storage
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RunHeld
 from pipeline.records import ObjectInfo
 from pipeline.training_order import StreamCursor, StreamOptions
 from pipeline.training_samples import TrainingSamples
 
+log = logging.getLogger(__name__)
 Ending = Literal["finished", "stopped", "left"]  # left: to go on elsewhere
 ENDS: tuple[Wish, ...] = ("leave", "stop")
 BEAT_S = 1.0
@@ -91,7 +94,9 @@ class TrainingRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._samples.close()
-        if isinstance(error, KeyboardInterrupt):  # the second Ctrl-C waits for nothing
+        if isinstance(
+            error, KeyboardInterrupt | RunHeld
+        ):  # the second Ctrl-C waits for nothing; the output is another's
             return
         if error is not None:
             self._uploads.wait_beside(error)
@@ -114,9 +119,12 @@ class TrainingRun:
         return bool(every_steps) and (self.step % every_steps == 0 or self.step == self._config.steps)
 
     def update(self) -> None:
-        """One step. Raises Diverged, on all ranks alike."""
+        """One step. Raises Diverged, on all ranks alike, and TooLittleMemory."""
         batch = self._samples.next_batch()
-        self._window.add(self._trainer.train_step(batch.pixels_BHWC, batch.slots_B))
+        try:
+            self._window.add(self._trainer.train_step(batch.pixels_BHWC, batch.slots_B))
+        except OutOfMemory as error:
+            raise too_little_memory(error) from error
         judge_skips(self._config, self.step, self._trainer.skipped_in_a_row)
 
     def log(self) -> None:
@@ -169,8 +177,7 @@ class TrainingRun:
             return "left" if wish == "leave" else "stopped"
         if self._journal is not None:
             files = model_of(self._trainer, self._config, self._ranks).files()
-            card = card_of_training(json.loads(files[RECORD]), self._journal.lines)
-            self._output.save_model({CARD: card, **files})
+            self._output.save_model({**_card(files, self._journal), **files})
         return "finished"
 
     def _publish(self, checkpoint: Snapshot) -> None:
@@ -191,6 +198,15 @@ class TrainingRun:
 
     def _all_cursors(self) -> tuple[StreamCursor, ...]:
         return merged(self._ranks.gather(self._samples.cursors()))
+
+
+def _card(files: Mapping[str, bytes], journal: Journal) -> dict[str, bytes]:
+    """A model is no worse for lacking one."""
+    try:
+        return {CARD: card_of_training(json.loads(files[RECORD]), journal.lines)}
+    except Exception:
+        log.exception("no model card could be made of metrics.jsonl; `dvae eval --card` makes one")
+        return {}
 
 
 class Speed:

@@ -67,14 +67,20 @@ class Evaluator:
         return cls(model, loss, seed=seed, device=device, precision=precision)
 
     @property
+    def likelihood(self) -> str:
+        return self._loss.likelihood
+
+    @property
     def codebook_size(self) -> int:
         return self._model.config.codebook_size
 
     @torch.no_grad()
-    def reconstruct(self, pixels_BHWC: Pixels, temperature: float) -> Reconstructions:
+    def reconstruct(self, pixels_BHWC: Pixels, places_B: NDArray[np.int64], temperature: float) -> Reconstructions:
+        """`places_B`: of the images among all those held out. The noise is drawn by them, so that neither the batch
+        size nor the number of workers changes it."""
         model = self._model
         x_BCHW = losses.map_pixels(torch.as_tensor(pixels_BHWC).to(self._device, non_blocking=True))
-        keys_B2 = quantizer.noise_keys(self._seed, EVALUATION_STEP, np.arange(len(x_BCHW))).to(self._device)
+        keys_B2 = quantizer.noise_keys(self._seed, EVALUATION_STEP, places_B).to(self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16):
             soft_BCHW, codes = model(x_BCHW, keys_B2, temperature)
             hard_BCHW = model.decode_tokens(codes.tokens_N, model.grid_of(x_BCHW))

@@ -20,6 +20,8 @@ from torch import Tensor
 from model.config import LossConfig
 
 LOG_SCALE_RANGE = (-7.0, 3.0)
+FIGURES = {"logit_laplace": "nats_per_value", "l2": "squared_error", "l1": "absolute_error"}
+"""What −ln p(x|z), divided by the number of values, is called for each likelihood: only a density gives nats."""
 
 
 def map_pixels(pixels_BHWC: Tensor, out: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model import losses
 from model.bottleneck import CodeFigures
 from model.similarity import has_ssim, ssim
 
@@ -65,7 +66,7 @@ class EvalSums:
     def __add__(self, other: EvalSums) -> EvalSums:
         return EvalSums.from_array(self.to_array() + other.to_array())
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, likelihood: str = "logit_laplace") -> dict[str, float]:
         """`kl` = `information` + `usage_kl`: I(x; z), and the KL of the mean posterior to uniform."""
         if not self.num_values:
             raise ValueError("no image was evaluated: the held-out shards are empty")
@@ -75,7 +76,7 @@ class EvalSums:
             "psnr_soft": psnr(self.squared_error_soft / self.num_values),
             "psnr_hard": psnr(self.squared_error_hard / self.num_values),
             **self._ssims(),
-            "nats_per_value": self.nll / self.num_values,
+            losses.FIGURES[likelihood]: self.nll / self.num_values,
             "kl": kl,
             "information": kl - usage_kl,
             "usage_kl": usage_kl,

@@ -76,6 +76,7 @@ class Trainer:
         ddp = _in_ddp(self.model, device) if self._distributed else None
         self._forward: nn.Module = self.model if ddp is None else ddp
         self._gradients_stay_here = nullcontext if ddp is None else ddp.no_sync
+        self._is_unsettled = self._world_size > 2
 
     @property
     def averaged_model(self) -> DVAE:
@@ -94,7 +95,10 @@ class Trainer:
         """
         values = values_at(self.schedules, self.step)
         batch_size = self._batch_size or len(slots_B) * self._world_size
-        sums = self._backward(micro_batches(pixels_BHWC, slots_B, batch_size, self._micro_batch_size), values)
+        batches = micro_batches(pixels_BHWC, slots_B, batch_size, self._micro_batch_size)
+        if self._is_unsettled:
+            self._settle(batches[-1], values)
+        sums = self._backward(batches, values)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim_config.grad_clip or math.inf)
         figures = self._over_ranks(sums | {"grad_norm": grad_norm.double() / self._world_size})
         updated = all(map(math.isfinite, figures.values()))  # of all ranks, so that all skip the same steps
@@ -109,13 +113,16 @@ class Trainer:
             "skipped": float(not updated),
         }
 
-    def evaluate(self, pixels_BHWC: Pixels) -> EvalSums:
-        """With the averaged weights and the temperature of the current step."""
-        return self._reconstructions(pixels_BHWC).sums()
+    def evaluate(self, pixels_BHWC: Pixels, places_B: NDArray[np.int64]) -> EvalSums:
+        """With the averaged weights and the temperature of the current step. `places_B`: of the images among all those
+        held out."""
+        return self._reconstructions(pixels_BHWC, places_B).sums()
 
-    def reconstruct(self, pixels_BHWC: Pixels) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def reconstruct(
+        self, pixels_BHWC: Pixels, places_B: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """(soft, hard), both uint8 (B, H, W, 3)."""
-        return self._reconstructions(pixels_BHWC).pictures()
+        return self._reconstructions(pixels_BHWC, places_B).pictures()
 
     def gather_code_counts(self) -> None:
         """From all ranks, which must all call it: then the state of each has them."""
@@ -151,6 +158,16 @@ class Trainer:
         if counts_K is not None:
             self._code_counts_K.copy_(counts_K)
 
+    def _settle(self, batch: MicroBatch, values: StepValues) -> None:
+        """One pass whose gradients are thrown away. After the first one of a process DDP lays gradients out anew, in
+        the order in which they came, and their place decides in which order more than two ranks are added up. So a
+        run that goes on from a checkpoint would differ in the last bit from one that was never stopped."""
+        counts_K = self._own_code_counts_K.clone()
+        self._loss(batch, values, None).loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.zero_grad(set_to_none=True)
+        self._own_code_counts_K.copy_(counts_K)
+        self._is_unsettled = False
+
     def _backward(self, batches: Sequence[MicroBatch], values: StepValues) -> dict[str, Tensor]:
         """Adds up the gradients; what this rank has of the global batch's figures."""
         mean_K = self._mean_posterior(batches) if self._penalises_usage and self._micro_batch_size else None
@@ -159,7 +176,7 @@ class Trainer:
             with nullcontext() if batch.is_last else self._gradients_stay_here():
                 parts = self._loss(batch, values, mean_K)
                 (parts.loss * batch.weight(self._world_size)).backward()  # type: ignore[no-untyped-call]
-            for name, value in _measured(parts).items():
+            for name, value in self._measured(parts).items():
                 own = value.detach().double() * batch.share
                 sums[name] = sums[name] + own if name in sums else own
         return sums
@@ -190,8 +207,14 @@ class Trainer:
             shares.append(mean_posterior(z_NC, self.model.tables()) * batch.share)
         return self._summed(torch.stack(shares).sum(dim=0))
 
-    def _reconstructions(self, pixels_BHWC: Pixels) -> Reconstructions:
-        return self._evaluator.reconstruct(pixels_BHWC, values_at(self.schedules, self.step).temperature)
+    def _reconstructions(self, pixels_BHWC: Pixels, places_B: NDArray[np.int64]) -> Reconstructions:
+        return self._evaluator.reconstruct(pixels_BHWC, places_B, values_at(self.schedules, self.step).temperature)
+
+    def _measured(self, parts: LossParts) -> dict[str, Tensor]:
+        """By the names of the metrics."""
+        usage = {} if parts.usage_kl is None else {"usage_kl": parts.usage_kl}
+        reconstruction = {losses.FIGURES[self.loss_config.likelihood]: parts.reconstruction}
+        return {"loss": parts.loss, **reconstruction, "kl": parts.kl, **usage}
 
     def _mapped(self, pixels_BHWC: Pixels) -> Tensor:
         return losses.map_pixels(torch.as_tensor(pixels_BHWC).to(self.device, non_blocking=True))
@@ -219,12 +242,6 @@ class Trainer:
             group["lr"] = self.optim_config.lr * values.lr
         self._optimizer.step()
         self._average.update_parameters(self.model)
-
-
-def _measured(parts: LossParts) -> dict[str, Tensor]:
-    """By the names of the metrics."""
-    usage = {} if parts.usage_kl is None else {"usage_kl": parts.usage_kl}
-    return {"loss": parts.loss, "nats_per_value": parts.reconstruction, "kl": parts.kl, **usage}
 
 
 def _in_ddp(model: DVAE, device: torch.device) -> DistributedDataParallel:

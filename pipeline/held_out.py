@@ -19,10 +19,18 @@ from pipeline.shards import read_samples
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One worker's share: uint8 (N, size, size, 3), and how many of its images gave no pixels."""
+    """One worker's share: uint8 (N, size, size, 3), and how many of its images gave no pixels. `places_N` (int64) are
+    their places among the samples held out, bad ones counted: the same for any number of workers."""
 
     pixels_NHWC: NDArray[np.uint8]
+    places_N: NDArray[np.int64]
     num_bad: int
+
+    def batches(self, batch_size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """Pixels and places, in order; the last may be smaller."""
+        for start in range(0, len(self.pixels_NHWC), batch_size):
+            batch = slice(start, start + batch_size)
+            yield self.pixels_NHWC[batch], self.places_N[batch]
 
 
 def held_out_images(
@@ -39,9 +47,11 @@ def held_out_images(
     samples = islice(chain.from_iterable(map(read_samples, shards)), num_images)
     with ThreadPoolExecutor(decode_threads, "decode") as threads:
         decoded = list(threads.map(lambda s: _decode(s, spec), islice(samples, rank, None, world_size)))
-    good = [pixels_HWC for pixels_HWC in decoded if pixels_HWC is not None]
-    empty = np.empty((0, spec.size, spec.size, 3), dtype=np.uint8)
-    return HeldOut(np.stack(good) if good else empty, len(decoded) - len(good))
+    good = {
+        rank + number * world_size: pixels_HWC for number, pixels_HWC in enumerate(decoded) if pixels_HWC is not None
+    }
+    pixels_NHWC = np.array(list(good.values()), dtype=np.uint8).reshape(-1, spec.size, spec.size, 3)
+    return HeldOut(pixels_NHWC, np.array(list(good), dtype=np.int64), len(decoded) - len(good))
 
 
 def _decode(sample: RawSample, spec: ImageSpec) -> NDArray[np.uint8] | None:
@@ -51,9 +61,3 @@ def _decode(sample: RawSample, spec: ImageSpec) -> NDArray[np.uint8] | None:
         return decode_image(sample.image, spec).pixels_HWC
     except SampleError:
         return None
-
-
-def batches(pixels_NHWC: NDArray[np.uint8], batch_size: int) -> Iterator[NDArray[np.uint8]]:
-    """In order; the last may be smaller."""
-    for start in range(0, len(pixels_NHWC), batch_size):
-        yield pixels_NHWC[start : start + batch_size]

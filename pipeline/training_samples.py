@@ -1,7 +1,7 @@
 """Shards -> endless streams of training pixels, the same at any number of workers (order: training_order.py).
 
 A stream's whole state is a StreamCursor, and opening one window resumes any position. A bad image is skipped
-and counted; a shard that cannot be read gives no sample and is counted; what is too much is the caller's say.
+and counted; a damaged shard gives no sample and is counted; what is too much is the caller's say.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError, ShardDamaged, ShardError, StorageError
+from pipeline import storage
+from pipeline.errors import PipelineError, ShardChanged, ShardDamaged, ShardError, ShardTruncated, StorageError
 from pipeline.images import SampleError, training_crop
 from pipeline.records import ObjectInfo, RawSample
 from pipeline.shards import read_samples
@@ -30,13 +31,14 @@ log = logging.getLogger(__name__)
 READ_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.5
 _MAX_READERS = 8
+MOST_FRUITLESS = 100  # shards in a row, of however many
 _LOGGED_IMAGES = 10  # a stream; the count goes on in the metrics
 
 Crop = NDArray[np.uint8] | SampleError
 
 
 class NoUsableImages(PipelineError):
-    """A whole pass over the shards gave not one usable image."""
+    """Shard after shard gave not one usable image."""
 
 
 class TrainingBatch(NamedTuple):
@@ -123,7 +125,7 @@ class _Stream:
         self._window = _Window(_Opened(-1, 0), deque())
         self._next = readers.submit(source.read_window, cursor.window, cursor.taken)
         self._current: frozenset[int] = frozenset()
-        self._fruitless: frozenset[int] = frozenset()  # shards passed since the last usable image
+        self._fruitless: list[int] = []  # shards passed since the last usable image
 
     def take(self) -> NDArray[np.uint8]:
         while True:
@@ -134,7 +136,7 @@ class _Stream:
             elif isinstance(crop := head.result(), SampleError):
                 self._skip(crop)
             else:
-                self._current = self._fruitless = frozenset()
+                self._current, self._fruitless = frozenset(), []
                 taken, num_used = self.cursor.taken + 1, self.cursor.num_used + 1
                 self.cursor = replace(self.cursor, taken=taken, num_used=num_used)
                 return crop
@@ -155,11 +157,12 @@ class _Stream:
                 self._next = self._readers.submit(self._source.read_window, following, 0)
 
     def _enter(self, opened: _Opened) -> None:
-        self._fruitless |= self._current
-        if len(self._fruitless) == self._source.num_shards:
+        self._fruitless.extend(self._current)
+        num_passed, num_shards = len(set(self._fruitless)), self._source.num_shards
+        if num_passed == num_shards or len(self._fruitless) >= MOST_FRUITLESS:
             raise NoUsableImages(
-                f"none of the {self._source.num_shards} training shards (data.train_shards) gives a usable "
-                f"image: {self.cursor.num_bad} bad images, {len(self.cursor.failed_shards)} unreadable shards"
+                f"not one of {num_passed} training shards in a row (of {num_shards}, data.train_shards) gives a usable "
+                f"image: {self.cursor.num_bad} bad images, {len(self.cursor.failed_shards)} damaged shards"
             )
         self._current = opened.shards
         failed = tuple(sorted(opened.failed.union(self.cursor.failed_shards)))
@@ -208,7 +211,9 @@ class _Source:
 
 
 def _read_shard(shard: ObjectInfo) -> list[RawSample] | None:
-    """All samples, or None where the shard cannot be read to its end; a failing store is asked again."""
+    """All samples; None where the shard is damaged, or gone. Raises StorageError where its store fails, however often
+    it is asked: what a run learns must not hang on a store's health."""
+    last: Exception | None = None
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             return list(read_samples(shard))
@@ -216,6 +221,9 @@ def _read_shard(shard: ObjectInfo) -> list[RawSample] | None:
             log.warning("training shard, attempt %d of %d: %s", attempt, READ_ATTEMPTS, error)
             if isinstance(error, ShardDamaged | FileNotFoundError):
                 return None
+            last = error
             if attempt < READ_ATTEMPTS:
                 time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
-    return None
+    if isinstance(last, ShardTruncated | ShardChanged):
+        return None
+    raise StorageError(f"training shard {storage.public_url(shard.url)} cannot be read: {last}") from last

@@ -86,6 +86,7 @@ def fits(bench: Bench, batch_size: int, **options: bool) -> bool:
 
 
 def free(bench: Bench) -> None:
+    torch._dynamo.reset()  # what is compiled holds the model
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()

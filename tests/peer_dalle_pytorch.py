@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from model.metrics import psnr
-from pipeline.held_out import batches, held_out_images
+from pipeline.held_out import held_out_images
 from pipeline.images import ImageSpec
 from pipeline.shard_patterns import expand
 from pipeline.training_order import StreamOptions
@@ -108,7 +108,7 @@ def evaluate(vae: Any, pixels_NHWC: np.ndarray, temp: float) -> dict[str, float]
     squared = {"soft": 0.0, "hard": 0.0}
     histogram_K = np.zeros(vae.num_tokens)
     torch.manual_seed(0)
-    for pixels_BHWC in batches(pixels_NHWC, 16):
+    for pixels_BHWC in np.array_split(pixels_NHWC, range(16, len(pixels_NHWC), 16)):
         x_BCHW = as_images(pixels_BHWC)
         tokens_BN = vae.get_codebook_indices(x_BCHW)
         made = {"soft": vae(x_BCHW, temp=temp), "hard": vae.decode(tokens_BN)}

@@ -83,7 +83,7 @@ def test_compiled_training_learns_the_same_under_the_same_names(
     assert figures == pytest.approx(expected, rel=1e-4)
     assert plain.keys() == compiled.keys()
     assert all(torch.allclose(plain[name], compiled[name], rtol=1e-2, atol=1e-4) for name in plain)
-    assert math.isfinite(made.evaluate(PIXELS_BHWC[:1]).metrics()["psnr_hard"])
+    assert math.isfinite(made.evaluate(PIXELS_BHWC[:1], np.arange(1)).metrics()["psnr_hard"])
 
 
 def test_every_convolution_outside_the_bottleneck_is_compiled_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:

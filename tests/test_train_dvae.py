@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 from jobs import train_dvae, train_health, train_worker
 from jobs.checkpoints import TokenizerSource
 from jobs.model_card import card_of_training
-from jobs.train_dvae import TrainedOnHeldOut, run_training
+from jobs.train_dvae import StepsPassed, TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
 from jobs.train_limits import Diverged, TooMuchBadData
 from jobs.train_output import TrainOutput, claim
@@ -29,6 +30,7 @@ from jobs.train_ranks import NoGpu, Ranks
 from jobs.train_worker import TrainJob, train
 from make_data import write_shards
 from make_training import config, metric_lines, settings, weights, write_training_data
+from model.config import ModelError
 from pipeline import storage
 from pipeline.errors import NoShardsMatched, RunHeld, RunMismatch, StorageError
 from pipeline.lease import Lease
@@ -163,7 +165,7 @@ def test_stopped_saves_a_checkpoint_at_once_and_goes_on_bit_identically(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(folder, tmp_path, DriverAt(stop=7), monkeypatch)
-    assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000007")
+    assert TrainOutput(str(tmp_path)).checkpoints()[0] == str(tmp_path / "checkpoints" / "step-00000007")
     assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
     assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
     assert metric_lines(tmp_path) == metric_lines(folder / "calm")
@@ -186,7 +188,7 @@ def test_a_worker_whose_machine_is_about_to_go_leaves_after_a_checkpoint(
             return super().report(status)
 
     interrupt(folder, tmp_path, LeavesAt(), monkeypatch, ending="left")
-    assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000007")
+    assert TrainOutput(str(tmp_path)).checkpoints()[0] == str(tmp_path / "checkpoints" / "step-00000007")
     assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
     assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
 
@@ -209,7 +211,7 @@ def test_a_checkpoint_without_its_record_is_passed_over(
 ) -> None:
     interrupt(folder, tmp_path, DriverAt(kill=12), monkeypatch)
     (tmp_path / "checkpoints" / "step-00000010" / "checkpoint.json").unlink()
-    assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000005")
+    assert TrainOutput(str(tmp_path)).checkpoints()[0] == str(tmp_path / "checkpoints" / "step-00000005")
     assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
     assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
     assert metric_lines(tmp_path) == metric_lines(folder / "calm")
@@ -300,7 +302,7 @@ def test_steps_without_a_finite_loss_end_the_run_at_the_same_step_also_after_a_k
     diverges = {"optim": {"lr": 1e30}, "max_skipped_steps": 10}
     if kill is not None:
         interrupt(folder, tmp_path, DriverAt(kill=kill), monkeypatch, **diverges)
-        assert TrainOutput(str(tmp_path)).newest_checkpoint() == str(tmp_path / "checkpoints" / "step-00000005")
+        assert TrainOutput(str(tmp_path)).checkpoints()[0] == str(tmp_path / "checkpoints" / "step-00000005")
     with pytest.raises(Diverged, match=r"the last 10 of 11 steps .* max_skipped_steps=10.*optim\.lr") as ended:
         run_training(config(folder, output=str(tmp_path), **diverges), "dvae train")
     assert ended.value.exit_code == 1
@@ -488,6 +490,52 @@ def test_tensorboard_has_every_figure_once_after_a_kill(
         assert [event.step for event in events.Images(picture)] == [9, 18, 24]
 
 
+def test_damaged_checkpoints_are_passed_over_with_a_warning_and_never_all_of_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupt(folder, tmp_path, DriverAt(kill=17), monkeypatch)
+    newest, before = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (15, 10))
+    (newest / "checkpoint.json").write_text("{")
+    state = bytearray((before / "training.safetensors").read_bytes())
+    state[-1] ^= 1
+    (before / "training.safetensors").write_bytes(state)
+    assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
+    assert all(f"{damaged.name} is passed over" in caplog.text for damaged in (newest, before))
+    assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
+    assert metric_lines(tmp_path) == metric_lines(folder / "calm")
+    shutil.rmtree(tmp_path / "model")
+    for kept in (tmp_path / "checkpoints").iterdir():
+        (kept / "checkpoint.json").write_text("{")
+    with pytest.raises(ModelError, match=r"none of the 3 checkpoints .* remove them to begin anew"):
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+
+
+def test_fewer_steps_than_are_done_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(folder, tmp_path, DriverAt(stop=9), monkeypatch)
+    with pytest.raises(StepsPassed, match="a checkpoint of step 9 already, and steps=6: raise steps, choose another"):
+        run_training(config(folder, output=str(tmp_path), steps=6), "dvae train")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_checks = 0
+
+    def taken_over(self: Lease) -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 8:
+            (tmp_path / "metrics.jsonl").unlink()  # it is another driver's now
+            raise RunHeld("another driver took the run over")
+
+    monkeypatch.setattr(train_worker, "BEAT_S", 0.0)
+    monkeypatch.setattr(Lease, "check", taken_over)
+    with pytest.raises(RunHeld):
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "model").exists()
+
+
 def test_sigterm_stops_within_seconds_with_a_checkpoint_and_the_line_to_go_on(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(settings(folder, output=str(tmp_path / "out"), steps=100_000)))
@@ -502,7 +550,7 @@ def test_sigterm_stops_within_seconds_with_a_checkpoint_and_the_line_to_go_on(fo
         driver.wait()
     assert driver.returncode == 130
     assert f"train {path}" in said
-    assert TrainOutput(str(tmp_path / "out")).newest_checkpoint() is not None
+    assert TrainOutput(str(tmp_path / "out")).checkpoints()
     assert not (tmp_path / "out" / "lease.json").exists()
 
 

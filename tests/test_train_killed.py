@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from make_training import metric_lines, weights, write_training_data
-from train_processes import Kill, run_alone, run_two
+from train_processes import Kill, run_alone, run_ranks, run_two
 
 pytestmark = pytest.mark.training
 STEPS = 24
@@ -75,4 +75,16 @@ def test_two_workers_one_of_them_killed_at_three_random_steps_end_bit_identicall
         codes = run_two(folder, tmp_path / "killed", Kill(step=step, rank=rank))
         assert codes[rank] == KILLED and codes[1 - rank] != 0
     assert run_two(folder, tmp_path / "killed") == [0, 0]
+    same(tmp_path / "killed", tmp_path / "calm")
+
+
+def test_three_workers_killed_at_a_random_step_end_bit_identically(
+    folder: Path, tmp_path: Path, dice: random.Random
+) -> None:
+    """Of three numbers the order of adding decides the last bit, and it hangs on where DDP puts a gradient."""
+    assert run_ranks(3, folder, tmp_path / "calm") == [0, 0, 0]
+    step = dice.randrange(8, STEPS)
+    print(f"killed at step {step}")  # noqa: T201
+    assert run_ranks(3, folder, tmp_path / "killed", Kill(step=step))[0] == KILLED
+    assert run_ranks(3, folder, tmp_path / "killed") == [0, 0, 0]
     same(tmp_path / "killed", tmp_path / "calm")

@@ -19,7 +19,16 @@ from jobs.train_dvae import run_training
 from jobs.train_metrics import Journal
 from jobs.train_output import TrainOutput
 from jobs.train_state import public_settings
-from jobs.train_trackers import RunFacts, TrackerMissing, Trackers, check_installed, newer, open_trackers, run_facts
+from jobs.train_trackers import (
+    NowhereToKeep,
+    RunFacts,
+    TrackerMissing,
+    Trackers,
+    check_trackers,
+    newer,
+    open_trackers,
+    run_facts,
+)
 from make_training import config, settings, write_training_data
 
 FACTS = RunFacts("abc", "run", {"optim": {"lr": 1e-3}}, "/nowhere")
@@ -124,10 +133,21 @@ def test_one_that_is_configured_and_not_installed_is_said_before_anything_starts
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_installed(LogConfig())
+    check_trackers(LogConfig(), "s3://bucket/run")
     with pytest.raises(TrackerMissing, match=r"pip install 'dvae-ray\[mlflow\]'") as refused:
-        check_installed(LogConfig(mlflow=MlflowConfig(experiment="e")))
+        check_trackers(LogConfig(mlflow=MlflowConfig(experiment="e")), str(tmp_path))
     assert refused.value.exit_code == 2
+
+
+def test_offline_files_are_not_left_on_a_worker_of_which_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    offline = LogConfig(wandb=WandbConfig(project="p", mode="offline"))
+    check_trackers(offline, str(tmp_path))
+    check_trackers(LogConfig(wandb=WandbConfig(project="p")), "s3://bucket/run")
+    with pytest.raises(NowhereToKeep, match=r"log\.wandb\.mode=offline .* not s3://bucket/run; use mode=online"):
+        check_trackers(offline, "s3://bucket/run")
 
 
 def test_what_a_tracker_is_told_has_no_credentials(tmp_path: Path) -> None:
@@ -168,7 +188,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
         noted.append(("init", arguments["id"], arguments["resume"], arguments["mode"]))
         return Run()
 
-    fake = types.SimpleNamespace(init=init, Settings=lambda **_: None, Image=lambda pixels: pixels, __spec__=object())
+    fake = types.SimpleNamespace(
+        init=init,
+        setup=lambda settings: noted.append(("setup", settings)),
+        Settings=lambda **given: given["silent"],
+        Image=lambda pixels: pixels,
+        __spec__=object(),
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     sys.modules.pop("jobs.train_wandb", None)
     yield noted
@@ -187,7 +213,96 @@ def test_wandb_gets_one_call_for_each_step_beyond_what_it_has(calls: list[tuple[
     tracker.send([*lines(4, 8, 9, 12), {"kind": "eval", "step": 12, "psnr_hard": 20.0, "unix_s": 2.0}], {"codes": png})
     tracker.close(finished=True)
     logged = [("log", 9, ["train/loss"]), ("log", 12, ["codes", "eval/psnr_hard", "train/loss"])]
-    assert calls == [("init", "abc", "allow", "offline"), *logged, ("finish", 0)]
+    assert calls == [("setup", True), ("init", "abc", "allow", "offline"), *logged, ("finish", 0)]
+
+
+class MlflowServer:
+    """A stand-in for mlflow's client and its server: one experiment, runs by id."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, types.SimpleNamespace] = {}
+        self.folder = ""
+
+    def __call__(self, tracking_uri: str | None) -> MlflowServer:
+        self.tracking_uri = tracking_uri
+        return self
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return types.SimpleNamespace(experiment_id="1") if self.folder else None
+
+    def create_experiment(self, name: str, artifact_location: str | None) -> str:
+        self.folder = str(artifact_location)
+        return "1"
+
+    def search_runs(self, experiments: list[str], filter_string: str, max_results: int) -> list[Any]:
+        return [
+            types.SimpleNamespace(
+                info=types.SimpleNamespace(run_id=name),
+                data=types.SimpleNamespace(metrics={m.key for m in run.metrics}),
+            )
+            for name, run in self.runs.items()
+            if filter_string == f"tags.`dvae.run` = '{run.tags['dvae.run']}'"
+        ][:max_results]
+
+    def create_run(self, experiment: str, tags: dict[str, str], run_name: str) -> Any:
+        name = f"run-{len(self.runs)}"
+        self.runs[name] = types.SimpleNamespace(
+            tags=tags, name=run_name, metrics=[], params={}, files=[], status="RUNNING"
+        )
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=name))
+
+    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+        return [metric for metric in self.runs[run_id].metrics if metric.key == key]
+
+    def log_batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
+        assert len(metrics) <= 1000 and len(params) <= 100, "what a server takes at once"
+        self.runs[run_id].metrics += metrics
+        self.runs[run_id].params |= {param.key: param.value for param in params}
+
+    def log_artifact(self, run_id: str, path: str, folder: str) -> None:
+        self.runs[run_id].files.append((folder, Path(path).name, Path(path).read_bytes()))
+
+    def update_run(self, run_id: str, status: str) -> None:
+        self.runs[run_id].status = status
+
+    set_terminated = update_run
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    fake = MlflowServer()
+    metric = lambda key, value, timestamp, step: types.SimpleNamespace(key=key, value=value, step=step)  # noqa: E731
+    param = lambda key, value: types.SimpleNamespace(key=key, value=value)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", types.SimpleNamespace(Metric=metric, Param=param))
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", types.SimpleNamespace(MlflowClient=fake))
+    sys.modules.pop("jobs.train_mlflow", None)
+    yield fake
+    sys.modules.pop("jobs.train_mlflow", None)  # it holds the stand-in
+
+
+def test_mlflow_gets_each_figure_once_also_from_a_run_that_begins_again(server: MlflowServer) -> None:
+    from jobs.train_mlflow import MlflowTracker
+
+    config = MlflowConfig(experiment="e", tracking_uri="sqlite:///x.db")
+    many = {f"layer{number}": {"lr": number} for number in range(150)}
+    first = MlflowTracker(config, RunFacts("abc", "run", many, "/out"))
+    first.send(lines(4, 8), PNG)
+    first.close(finished=False)
+    (run,) = server.runs.values()
+    assert run.status == "KILLED" and server.folder == "file:///out/mlartifacts"
+    again = MlflowTracker(config, RunFacts("abc", "run", many, "/out"))
+    assert run.status == "RUNNING"
+    again.send(lines(4, 8), PNG)
+    again.send([*lines(12), {"kind": "eval", "step": 12, "psnr_hard": 20.0, "unix_s": 2.0}], PNG)
+    again.close(finished=True)
+    assert [(metric.key, metric.step) for metric in run.metrics] == [
+        ("train/loss", 4), ("train/loss", 8), ("train/loss", 12), ("eval/psnr_hard", 12),
+    ]  # fmt: skip
+    assert run.files == [("codes", "step-00000008.png", b"png"), ("codes", "step-00000012.png", b"png")]
+    assert (len(run.params), run.params["layer7.lr"], run.status) == (150, "7", "FINISHED")
+    MlflowTracker(config, RunFacts("other", "run", {}, "/out"))
+    assert len(server.runs) == 2
 
 
 @pytest.mark.training

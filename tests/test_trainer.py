@@ -117,7 +117,7 @@ def test_training_lowers_the_loss_and_reports_what_it_did():
         last = trainer.train_step(light, np.arange(6))
     assert last["loss"] < 0.7 * first["loss"]
     assert set(first) == {
-        "loss", "nats_per_value", "kl", "grad_norm", "temperature", "kl_weight", "lr", "skipped",
+        "loss", "squared_error", "kl", "grad_norm", "temperature", "kl_weight", "lr", "skipped",
     }  # fmt: skip
     assert (first["temperature"], first["kl_weight"], first["lr"]) == (1.0, 0.0, pytest.approx(1e-3))
     assert (last["temperature"], last["kl_weight"], last["lr"]) == (0.1, 0.02, pytest.approx(3e-4))
@@ -167,7 +167,7 @@ def test_skips_in_a_row_are_counted_apart_and_over_a_resume():
 def test_the_usage_term_is_reported_where_it_has_a_weight():
     assert "usage_kl" not in _train(_trainer(), 1)
     figures = _train(_trainer(usage=0.5), 1)
-    assert figures["loss"] == pytest.approx(figures["nats_per_value"] + 0.5 * figures["usage_kl"] / 192, rel=1e-4)
+    assert figures["loss"] == pytest.approx(figures["squared_error"] + 0.5 * figures["usage_kl"] / 192, rel=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for():
@@ -212,19 +212,30 @@ def test_evaluation_adds_up_over_batches_and_moves_nothing():
     trainer = _trainer()
     _train(trainer, 3)
     before = trainer.state_tensors()
-    one, other = trainer.evaluate(_batch(1)), trainer.evaluate(_batch(2))
+    one, other = trainer.evaluate(_batch(1), np.arange(6)), trainer.evaluate(_batch(2), np.arange(6, 12))
     total = EvalSums.zeros(32) + one + other
     assert _same(trainer.state_tensors(), before)
     assert total.histogram_K.sum() == total.num_positions == 2 * 6 * 16
     assert total.metrics()["kl"] == pytest.approx((one.metrics()["kl"] + other.metrics()["kl"]) / 2)
 
 
+def test_the_noise_of_an_evaluation_belongs_to_the_image_not_to_its_batch():
+    trainer = _trainer()
+    pixels_BHWC, places_B = _batch(1), np.array([3, 0, 7, 8, 2, 9])
+    whole_BHWC, _ = trainer.reconstruct(pixels_BHWC, places_B)
+    for number in range(6):
+        alone_BHWC, _ = trainer.reconstruct(pixels_BHWC[[number]], places_B[[number]])
+        assert np.abs(alone_BHWC[0].astype(int) - whole_BHWC[number]).max() <= 1, "to rounding"
+    elsewhere_BHWC, _ = trainer.reconstruct(pixels_BHWC, places_B + 1)
+    assert np.abs(elsewhere_BHWC.astype(int) - whole_BHWC).max() > 1, "other noise is to be seen"
+
+
 def test_the_reconstructions_are_those_that_the_evaluation_measures():
     trainer = _trainer()
     _train(trainer, 30)
     pixels_BHWC = _batch(0)
-    metrics = trainer.evaluate(pixels_BHWC).metrics()
-    for made_BHWC, name in zip(trainer.reconstruct(pixels_BHWC), ("psnr_soft", "psnr_hard"), strict=True):
+    metrics = trainer.evaluate(pixels_BHWC, np.arange(6)).metrics()
+    for made_BHWC, name in zip(trainer.reconstruct(pixels_BHWC, np.arange(6)), ("psnr_soft", "psnr_hard"), strict=True):
         assert made_BHWC.dtype == np.uint8 and made_BHWC.shape == pixels_BHWC.shape
         mean_squared_error = ((made_BHWC.astype(float) - pixels_BHWC) ** 2).mean() / 255**2
         assert -10 * np.log10(mean_squared_error) == pytest.approx(metrics[name], abs=0.02)

@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import training_samples
-from pipeline.errors import ShardTruncated
-from pipeline.held_out import batches, held_out_images
+from pipeline.errors import ShardTruncated, ShardUnreadable, StorageError
+from pipeline.held_out import held_out_images
 from pipeline.images import ImageSpec
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
@@ -172,6 +173,30 @@ def test_a_store_that_fails_once_loses_nothing(tmp_path: Path, monkeypatch: pyte
     assert failed
 
 
+def test_a_store_that_goes_on_failing_is_an_error_and_no_shard_is_at_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(shard: ObjectInfo) -> NoReturn:
+        raise ShardUnreadable(shard.url, "connection reset")
+
+    monkeypatch.setattr(training_samples, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(training_samples, "read_samples", away)
+    samples = TrainingSamples(unequal_shards(tmp_path), options())
+    with pytest.raises(StorageError, match=r"training shard .*\.tar cannot be read: .*connection reset"):
+        samples.next_batch()
+    assert not any(cursor.failed_shards for cursor in samples.cursors().values())
+
+
+def test_so_many_shards_without_a_usable_image_are_an_error_before_all_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_samples, "MOST_FRUITLESS", 3)
+    for number in range(12):
+        write_shard(tmp_path / f"{number:02}.tar", range(2), bad=frozenset(range(2)))
+    with pytest.raises(NoUsableImages, match=r"of [123] training shards in a row \(of 12, data\.train_shards\)"):
+        TrainingSamples(expand([str(tmp_path)]), options(num_streams=1, shuffle_shards=1)).next_batch()
+
+
 @pytest.mark.parametrize("shards", [[range(0, 0)], [range(0, 0), range(0, 3)]])
 def test_a_pass_without_one_usable_image_is_an_error_not_a_loop(tmp_path: Path, shards: list[range]) -> None:
     for number, values in enumerate(shards):
@@ -208,7 +233,12 @@ def test_held_out_images_are_the_first_ones_shared_out_by_rank(tmp_path: Path) -
     assert (values_of(whole.pixels_NHWC), whole.num_bad) == ([0, 2, 3, 4, 5], 1)
     shares = [held_out_images(shards, SPEC, 6, rank=r, world_size=2) for r in (0, 1)]
     assert [values_of(s.pixels_NHWC) for s in shares] == [[0, 2, 4], [3, 5]]
-    assert [len(batch) for batch in batches(whole.pixels_NHWC, 2)] == [2, 2, 1]
+    assert [list(share.places_N) for share in (whole, *shares)] == [[0, 2, 3, 4, 5], [0, 2, 4], [3, 5]]
+    assert [(values_of(pixels), list(places)) for pixels, places in whole.batches(2)] == [
+        ([0, 2], [0, 2]),
+        ([3, 4], [3, 4]),
+        ([5], [5]),
+    ]
 
 
 def test_a_held_out_shard_that_is_cut_is_an_error(tmp_path: Path) -> None:

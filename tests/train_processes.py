@@ -47,11 +47,15 @@ def run_alone(folder: Path, output: Path, kill: Kill | None = None, **changes: A
 
 
 def run_two(folder: Path, output: Path, kill: Kill | None = None, **changes: Any) -> list[int]:
-    """The training loop on two ranks over Gloo, as under Ray Train. Their exit codes."""
-    given = settings(folder, output=str(output), ray={"num_workers": 2}, **changes)
+    return run_ranks(2, folder, output, kill, **changes)
+
+
+def run_ranks(number: int, folder: Path, output: Path, kill: Kill | None = None, **changes: Any) -> list[int]:
+    """The training loop on so many ranks over Gloo, as under Ray Train. Their exit codes."""
+    given = settings(folder, output=str(output), ray={"num_workers": number}, **changes)
     store = output.with_suffix(".store")
     store.unlink(missing_ok=True)
-    return _ended([_started(_rank, given, str(store), rank, kill) for rank in (0, 1)])
+    return _ended([_started(_rank, given, str(store), rank, kill) for rank in range(number)])
 
 
 def _started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -93,8 +97,9 @@ def _rank(given: dict[str, Any], store: str, rank: int, kill: Kill | None) -> No
 
     if kill is not None:
         kill.arm(rank)
-    distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
     config = TrainConfig.model_validate(given)
+    size = config.ray.fewest_workers
+    distributed.init_process_group("gloo", store=distributed.FileStore(store, size), rank=rank, world_size=size)
     job = TrainJob(config, *map(tuple, _shards(config)))
     assert train(job, Ranks.join(use_gpu=False, threads=1), _Silent()) == "finished"
 
