@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from pipeline.images import ImageSpec
 if TYPE_CHECKING:
     from model.tokenizer import DVAETokenizer
 
+log = logging.getLogger(__name__)
 RECORD = "checkpoint.json"
 TRAINED_MODEL = "model"  # where `dvae train` puts the finished model below its output
 
@@ -39,18 +42,29 @@ def find_checkpoint(url: str) -> str:
     """The checkpoint at `url`: itself, the finished model of a training output, or its newest whole checkpoint.
     Raises CheckpointNotFound naming what was looked for."""
     url = storage.normalize(url)
-    candidates = [url, storage.join(url, TRAINED_MODEL)]
-    for candidate in candidates:
-        if storage.exists(storage.join(candidate, RECORD)):
-            return candidate
-    folder = storage.join(url, "checkpoints")
-    records = [info.url for info in storage.list_files(folder) if storage.base_name(info.url) == RECORD]
-    if records:
-        return max(records).rpartition("/")[0]
+    if storage.exists(storage.join(url, RECORD)):
+        return url
+    files = storage.list_files(storage.join(url, "checkpoints"))
+    records = [info.url for info in files if storage.base_name(info.url) == RECORD]
+    newest = max(records).rpartition("/")[0] if records else None
+    finished = storage.join(url, TRAINED_MODEL)
+    if storage.exists(storage.join(finished, RECORD)):
+        _tell_of_a_newer_one(finished, newest)
+        return finished
+    if newest is not None:
+        return newest
     raise CheckpointNotFound(
         f"no checkpoint at {storage.public_url(url)}: looked for {RECORD} there, in {TRAINED_MODEL}/ and in "
         "checkpoints/*/; name a folder that `dvae train` wrote"
     )
+
+
+def _tell_of_a_newer_one(finished: str, newest: str | None) -> None:
+    """A finished run may have been taken further. (A record that is damaged is its reader's business.)"""
+    with suppress(ValueError, KeyError, TypeError):
+        step = int(json.loads(storage.read_bytes(storage.join(finished, RECORD)))["step"])
+        if newest is not None and int(storage.base_name(newest).rpartition("-")[2]) > step:
+            log.warning("taking the model of step %d; training went on to %s", step, storage.public_url(newest))
 
 
 def read_head(url: str) -> CheckpointHead:

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from jobs import train_dvae, train_health, train_worker
-from jobs.checkpoints import TokenizerSource
+from jobs.checkpoints import TokenizerSource, find_checkpoint
 from jobs.model_card import card_of_training
 from jobs.train_dvae import StepsPassed, TrainedOnHeldOut, run_training
 from jobs.train_evaluation import NothingHeldOut
@@ -317,9 +317,16 @@ def test_the_lines_that_led_to_a_failure_are_there_to_be_read(folder: Path, tmp_
     assert [line["skipped_steps"] for line in TrainOutput(str(tmp_path)).read_metrics()] == [1, 3]
 
 
-def test_more_steps_take_a_finished_run_further(folder: Path, tmp_path: Path) -> None:
+def test_more_steps_take_a_finished_run_further_and_what_tokenises_meanwhile_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     short = config(folder, output=str(tmp_path), steps=15)
     assert run_training(short, "dvae train") == 0
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "model") and "taking the model" not in caplog.text
+    interrupt(folder, tmp_path, DriverAt(kill=22), monkeypatch)
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "model")
+    newest = tmp_path / "checkpoints" / "step-00000020"
+    assert f"taking the model of step 15; training went on to {newest}" in caplog.text
     assert run_training(config(folder, output=str(tmp_path)), "dvae train") == 0
     assert weights(tmp_path, STEPS) == weights(folder / "calm", STEPS)
 
