@@ -11,11 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.checkpoints import TRAINED_MODEL
 from jobs.eval_checkpoint import EvalResult, EvalSettings, evaluate
 from jobs.model_card import CARD, CardFacts, figure_rows, model_card
 from jobs.train_evaluation import draw_codes
+from jobs.train_health import standing
+from jobs.train_output import TrainOutput
 from model.perceptual import NOT_GIVEN
 from pipeline import storage
+from pipeline.output import read_json
 from pipeline.pictures import encode_png
 
 FEW_IMAGES = 10_000  # of an rFID
@@ -118,8 +122,19 @@ def card_of(result: EvalResult) -> bytes:
         training=checkpoint.extra.get("training_config"),
         figures=result.figures,
         source=f"On {source(result)} (`dvae eval`).",
+        warnings=_warnings_of_training(result),
     )
     return model_card(facts)
+
+
+def _warnings_of_training(result: EvalResult) -> list[str]:
+    """As of the checkpoint's step, where the checkpoint lies in the output of its training."""
+    above, _, name = result.folder.rpartition("/")
+    output = TrainOutput(above if name == TRAINED_MODEL else above.rpartition("/")[0])
+    if (read_json(output.file("run.json")) or {}).get("kind") != "train":
+        return []
+    lines = [line for line in output.read_metrics() if line["step"] <= result.checkpoint.step]
+    return [finding["text"] for finding in standing(lines)]
 
 
 def _publish(result: EvalResult, output: str) -> list[str]:

@@ -17,6 +17,7 @@ from jobs.checkpoints import CheckpointNotFound
 from jobs.eval_checkpoint import EvalSettings, NothingToEvaluate, WeightsMissing, evaluate
 from jobs.eval_report import run_eval, to_json, to_markdown
 from jobs.train_dvae import run_training
+from jobs.train_output import TrainOutput
 from make_data import image_bytes, tar_bytes
 from make_training import config, metric_lines, write_training_data
 from model.checkpoint import checkpoint_files, read_checkpoint
@@ -90,6 +91,10 @@ def test_a_folder_gets_json_markdown_and_pictures_and_the_checkpoint_its_card(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, shards = tmp_path / "report", [str(folder / "val")]
+    TrainOutput(str(folder / "out")).write_metrics(
+        {"kind": "health", "step": step, "findings": [{"name": "x", "text": words}]}
+        for step, words in ((9, "the codes are dying"), (99, "of later steps"))
+    )
     assert run_eval(str(folder / "out"), shards, EvalSettings(), output=str(out), card=True) == 0
     said = capsys.readouterr().out
     report = json.loads((out / "eval.json").read_text())
@@ -99,6 +104,7 @@ def test_a_folder_gets_json_markdown_and_pictures_and_the_checkpoint_its_card(
     assert Image.open(out / "codes.png").format == "PNG"
     card = (folder / "out" / "model" / "MODEL_CARD.md").read_text()
     assert f"{report['figures']['psnr_hard']:.2f} dB" in card and "cc-by-4.0" in card
+    assert "At the last evaluation: the codes are dying" in card and "of later steps" not in card
     for missing in ("no LPIPS", "--lpips-weights", "no rFID", "--fid-weights", "nothing is downloaded"):
         assert missing in said
     read_checkpoint(lambda name: (folder / "out" / "model" / name).read_bytes())
