@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,15 +20,24 @@ class Hanging:
     async_impl = True
 
     def __init__(self, loop: asyncio.AbstractEventLoop, hang_s: float, read_timeout_s: float) -> None:
-        self.loop, self._hang_s = loop, hang_s
-        self.config_kwargs = {"read_timeout": read_timeout_s}
+        self.loop, self._hang_s, self._read_timeout_s = loop, hang_s, read_timeout_s
         self.written: dict[str, bytes] = {}
         self.num_hangs, self.tries = 10**9, 0
+        self.let_go = asyncio.Event()
 
-    async def _pipe_file(self, path: str, data: bytes, **options: Any) -> None:
-        self.tries += 1
-        if self.tries <= self.num_hangs:
-            await asyncio.sleep(self._hang_s)
+    @property
+    def config_kwargs(self) -> dict[str, float]:
+        """A write that does not hang has a minute: on a busy machine its thread may come late."""
+        return {"read_timeout": self._read_timeout_s if self.tries < self.num_hangs else 60.0}
+
+    def _pipe_file(self, path: str, data: bytes, **options: Any) -> Coroutine[Any, Any, None]:
+        self.tries += 1  # here and not in the loop's thread, which may never come to it
+        return self._write(path, data, hangs=self.tries <= self.num_hangs)
+
+    async def _write(self, path: str, data: bytes, *, hangs: bool) -> None:
+        if hangs:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.let_go.wait(), self._hang_s)
         self.written[path] = data
 
 
@@ -52,16 +61,17 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_write_that_hangs_is_given_up_after_the_clients_timeout_and_never_done(
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    store = Hanging(loop, hang_s=0.5, read_timeout_s=0.05)
+    store = Hanging(loop, hang_s=60, read_timeout_s=0.05)
     with pytest.raises(TimeoutError, match="not taken within"):
         object_writes.put(store, "b/k", b"data")
-    time.sleep(0.6)
+    loop.call_soon_threadsafe(store.let_go.set)  # a write that was not given up would now be done
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), loop).result(60)
     assert store.written == {}
 
 
 def test_the_time_for_a_write_grows_with_its_bytes(loop: asyncio.AbstractEventLoop) -> None:
-    store = Hanging(loop, hang_s=0.5, read_timeout_s=0.05)
-    data = bytes(object_writes.SLOWEST_BYTES_PER_S)
+    store = Hanging(loop, hang_s=0.3, read_timeout_s=0.05)
+    data = bytes(60 * object_writes.SLOWEST_BYTES_PER_S)
     object_writes.put(store, "b/k", data)
     assert store.written == {"b/k": data}
 

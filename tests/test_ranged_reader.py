@@ -131,7 +131,7 @@ def test_a_block_that_never_comes_is_given_up_and_asked_for_again(monkeypatch: p
 def test_a_store_that_stays_away_is_given_up_after_a_while_and_its_error_raised(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.3)
     with caplog.at_level(logging.WARNING), pytest.raises(ConnectionResetError):
         read_all(lambda start, end: reset(b""))
     assert "cannot read bytes 0 to 100 of x: ConnectionResetError: reset; trying again in" in caplog.text

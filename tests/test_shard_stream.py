@@ -215,7 +215,8 @@ def test_a_web_server_that_does_not_say_the_length_is_refused() -> None:
 
 
 @pytest.mark.server
-def test_one_block_that_a_web_server_cuts_is_asked_for_again() -> None:
+def test_one_block_that_a_web_server_cuts_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 60.0)
     with serve(cut_once=["bytes=4096-8191"]) as url:
         (shard,) = expand([url])
         assert read_all(shard) == TAR

@@ -318,7 +318,6 @@ READERS = {
 @pytest.fixture
 def shaky(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_requests, "MAX_PAUSE_S", 0.0)
-    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.2)
     monkeypatch.setattr(Shaky, "errors", [])
     fsspec.register_implementation("shaky", Shaky, clobber=True)
     failure = SampleFailure("k", 0, 0, 0, Stage.DECODE, FailureReason.NOT_AN_IMAGE, "m")
@@ -339,7 +338,10 @@ def test_a_failure_that_passes_changes_nothing(shaky: None, read: str, error: Ex
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("error", [*PASSING, PermissionError(13, "denied")], ids=repr)
-def test_a_failure_that_stays_is_the_stores_and_not_a_torn_file(shaky: None, read: str, error: Exception) -> None:
+def test_a_failure_that_stays_is_the_stores_and_not_a_torn_file(
+    shaky: None, monkeypatch: pytest.MonkeyPatch, read: str, error: Exception
+) -> None:
+    monkeypatch.setattr(store_requests, "PATIENCE_S", 0.2)
     Shaky.errors = [error] * 10**6
     with pytest.raises(StorageError, match=f"cannot read shaky://b/.*{type(error).__name__}") as raised:
         READERS[read]()  # type: ignore[no-untyped-call]
