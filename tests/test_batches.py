@@ -107,7 +107,7 @@ def test_a_batch_says_how_long_its_making_waited_for_bytes() -> None:
 
     first, second = pixel_batches(slowly(), SPEC, 2, Recording())
     assert first.reading_s >= 4 * 0.02, "two batches are read ahead"
-    assert second.reading_s < 0.02
+    assert second.reading_s < first.reading_s, "nothing is left to wait for"
 
 
 def test_order_holds_when_later_images_are_decoded_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_order_holds_when_later_images_are_decoded_first(monkeypatch: pytest.Mon
 
     def decode(one: RawSample, *rest: Any) -> Any:
         if one.index == 0:
-            assert later.wait(10)
+            assert later.wait(60)
         if one.index == 5:
             later.set()
         return decode_sample(one, *rest)

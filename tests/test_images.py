@@ -278,9 +278,9 @@ def test_animations_give_their_first_frame() -> None:
 
 def test_a_bomb_is_refused_by_its_header_alone() -> None:
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.thread_time()  # tracemalloc makes all of it slow
     assert reason(bomb_png(20_000, 20_000)) == FailureReason.TOO_MANY_PIXELS
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 

@@ -118,7 +118,7 @@ def test_a_thumbnail_in_the_metadata_is_not_taken_for_the_picture() -> None:
 
 
 def test_hostile_markers_end_soon() -> None:
-    rng, started = random.Random(3), time.monotonic()
+    rng, started = random.Random(3), time.thread_time()
     data = encoded(noise(64, 64), "JPEG")
     heads = [b"\xff" * 100_000, b"\xff\xd8" * 50_000, b"\xff\xc0\0\x02" * 20_000, b"\xff\xda\0\x02" * 20_000]
     heads += [
@@ -134,7 +134,7 @@ def test_hostile_markers_end_soon() -> None:
     for head in heads:
         outcome(b"\xff\xd8" + head + data[2:])
         outcome(b"\xff\xd8\xff" + head)
-    assert time.monotonic() - started < 20
+    assert time.thread_time() - started < 20
 
 
 def test_many_scans_are_refused_as_undecodable_in_no_time() -> None:
@@ -142,10 +142,10 @@ def test_many_scans_are_refused_as_undecodable_in_no_time() -> None:
     first = data.index(b"\xff\xda")
     scan = b"\xff\xda\0\x08\x01\x01\0\0\0\0" + bytes(10)
     assert with_open_end(data[:first] + scan * (MAX_SCANS - 50) + data[first:])
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(OSError, match="more than 1000 scans"):
         with_open_end(data[:first] + scan * 50_000 + data[first:])
-    assert time.monotonic() - started < 0.5
+    assert time.thread_time() - started < 0.2
     assert outcome(data[:first] + scan * 50_000 + data[first:]) == "undecodable"
 
 
@@ -154,9 +154,9 @@ def test_many_scans_under_the_bound_take_time_in_proportion_to_their_bytes() -> 
     data = encoded(Image.new("RGB", (8, 8)), "JPEG", progressive=True)
     first = data.index(b"\xff\xda")
     scans = (b"\xff\xda\0\x08\x01\x01\0\0\0\0" + b"\xff\0" * 5000) * (MAX_SCANS - 50)
-    started = time.monotonic()
+    started = time.thread_time()
     with_open_end(data[:first] + scans + data[first:])
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"not a jpeg", bytes(100)])

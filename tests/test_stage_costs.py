@@ -35,7 +35,7 @@ def test_the_cost_of_a_stage_is_its_cpu_time_an_image(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", [6, 7])
     costs = stage_costs(shards, SPEC, BusyTokenizer(), job(tmp_path), 1000)
     assert costs.num_images == 13 and costs.num_encoded == 16  # whole batches
-    assert costs.encode_s == pytest.approx(0.005, rel=0.3)
+    assert 0.0045 < costs.encode_s < 0.015  # other threads of this process may have taken some of it
     assert all(0 < cost < 0.05 for cost in (costs.read_s, costs.decode_s, costs.write_s))
 
 

@@ -277,13 +277,19 @@ def test_calls_meet_in_the_tokenizer_only(tmp_path: Path) -> None:
 
 
 def test_a_worker_says_where_its_time_went(tmp_path: Path) -> None:
-    with worker(str(tmp_path / "out"), Counting()) as one:
+    class Slow(FakeTokenizer):
+        def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+            time.sleep(0.05)
+            return super().encode(pixels_BHWC)
+
+    with worker(str(tmp_path / "out"), Slow()) as one:
         one.tokenize(task_of(write(tmp_path, sample_members(0, 11))))
         times = one.take_times()
-        assert times.encode_s >= times.model_busy_s >= 3 * 0.005
+        assert times.encode_s >= times.model_busy_s >= 3 * 0.05
         assert min(times.read_s, times.pixels_s, times.write_s) > 0
         stages_s = times.read_s + times.pixels_s + times.encode_s + times.write_s
-        assert stages_s == pytest.approx(times.open_s, rel=0.2), "one shard at a time: the stages are all there is"
+        # One shard at a time: the stages are all there is, but for what a busy machine takes between them.
+        assert 0.5 * times.open_s <= stages_s <= 1.01 * times.open_s
         assert one.take_times() == StageTimes()
 
 
