@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.decode_threads import DecodeThreads
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Held:

@@ -103,6 +103,7 @@ def test_huge_images_are_decoded_one_at_a_time_and_small_ones_beside_each_other(
 ) -> None:
     monkeypatch.setattr(images, "DECODING", MemoryBudget(60 * 60 * 8 * 3))
     decoded, lock, inside, most = images._decoded, threading.Lock(), list[int](), dict[int, int]()
+    two_small = threading.Event()
 
     def watched(image: Image.Image, data: bytes) -> Image.Image:
         with lock:
@@ -110,6 +111,9 @@ def test_huge_images_are_decoded_one_at_a_time_and_small_ones_beside_each_other(
             for width in {60, 100}:
                 most[width] = max(most.get(width, 0), inside.count(width))
             assert inside.count(100) * 100 * 100 + inside.count(60) * 60 * 60 <= 60 * 60 * 3
+            if most[60] == 2:
+                two_small.set()
+        assert two_small.wait(60), "the first small one waits for a second"
         time.sleep(0.01)
         with lock:
             inside.remove(image.width)

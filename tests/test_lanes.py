@@ -114,7 +114,7 @@ def test_who_finds_all_lanes_taken_waits_for_one():
         with lanes.lane():
             executor.submit(enter)
             assert not entered.wait(0.05)
-        assert entered.wait(10)
+        assert entered.wait(60)
 
 
 class _Recorded:

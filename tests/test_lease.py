@@ -176,7 +176,7 @@ def test_a_lease_is_renewed_often_enough_to_live(output: OutputPrefix, monkeypat
     monkeypatch.setattr(lease_module, "RENEW_S", 0.01)
     with Lease(output):
         first = stored(output)["renewed"]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while stored(output)["renewed"] == first and time.monotonic() < deadline:
             time.sleep(0.01)
         assert stored(output)["renewed"] > first
@@ -198,8 +198,9 @@ def test_a_store_that_fails_for_a_while_does_not_end_the_renewals(
     with Lease(output):
         first = stored(output)["renewed"]
         monkeypatch.setattr(storage, "swap", swap)
-        deadline = time.monotonic() + 10
-        while stored(output)["renewed"] == first and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        # The renewal whose answer is lost is seen before its failure is raised.
+        while (failures or stored(output)["renewed"] == first) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert stored(output)["renewed"] > first and not failures
 
@@ -268,8 +269,9 @@ def test_a_driver_whose_lease_another_took_learns_it_at_its_next_renewal(
     monkeypatch.setattr(lease_module, "RENEW_S", 0.01)
     with Lease(output) as lease:
         lease.check()
-        other_takes(output)
-        deadline = time.monotonic() + 10
+        with lease._renewing:  # or a renewal that is under way may overwrite what this is about to write
+            other_takes(output)
+        deadline = time.monotonic() + 60
         while lease.lost is None and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(RunHeld, match=r"process 7 on another-host.*what was done is safe") as raised:

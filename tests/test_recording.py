@@ -57,7 +57,7 @@ class Stuck(Ledger):
     go = threading.Event()
 
     def append(self, results: Iterable[ShardResult]) -> None:
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         super().append(results)
 
 

@@ -119,7 +119,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(
 
     class Hangs(Remembers):
         def send(self, lines: Sequence[Any], pictures: Mapping[str, bytes]) -> None:
-            never.wait(20)
+            never.wait(60)
 
     told = trackers(monkeypatch, lambda: Hangs([]))
     for step in range(train_trackers.MAX_WAITING + 3):

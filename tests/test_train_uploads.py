@@ -19,7 +19,7 @@ class Held:
 
     def __call__(self) -> None:
         self.begun.set()
-        assert self.let_go.wait(10)
+        assert self.let_go.wait(60)
         if self._error is not None:
             raise self._error
         self.done = True
@@ -28,7 +28,7 @@ class Held:
 def test_the_caller_goes_on_while_an_upload_is_under_way() -> None:
     uploads, held = Uploads(), Held()
     uploads.start(held)
-    assert held.begun.wait(10)
+    assert held.begun.wait(60)
     uploads.check()
     assert not held.done
     held.let_go.set()
