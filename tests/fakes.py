@@ -55,22 +55,28 @@ class FakeSource:
 
 @dataclass(frozen=True)
 class RecordingSource(FakeSource):
-    """Writes `<time> <pid> <shards open>` to a file whenever its worker takes up a shard or is done with one."""
+    """Writes `<time> <pid> <shards open>` to a file whenever its worker takes up a shard or is done with one.
+    `first_waits_for`: the first shards stay open until so many were at once, a minute at most."""
 
     log: str = ""
+    first_waits_for: int = 1
 
     def load(self) -> HeadTokenizer:
-        tokenize, num_open, lock = TokenizeWorker.tokenize, 0, threading.Lock()
+        tokenize, num_open, most, changed = TokenizeWorker.tokenize, 0, 0, threading.Condition()
 
         def note(change: int) -> None:
-            nonlocal num_open
-            with lock, Path(self.log).open("a") as file:
+            nonlocal num_open, most
+            with changed, Path(self.log).open("a") as file:
                 num_open += change
+                most = max(most, num_open)
                 file.write(f"{time.time()} {os.getpid()} {num_open}\n")
+                changed.notify_all()
 
         def recorded(worker: TokenizeWorker, task: ShardTask) -> ShardResult:
             note(+1)
             try:
+                with changed:
+                    changed.wait_for(lambda: most >= self.first_waits_for, 60)
                 return tokenize(worker, task)
             finally:
                 note(-1)

@@ -9,6 +9,7 @@ takes the node for dead while the actor there goes on. join: there is one node a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -58,7 +59,12 @@ def run(config: TokenizeConfig, source: RecordingSource, ended: dict[str, float]
     ended["seconds"] = time.time() - started
 
 
+def pids(log: Path) -> set[str]:
+    return {line.split()[1] for line in log.read_text().splitlines()}
+
+
 def main(folder: Path, what: str) -> None:
+    logging.basicConfig(format="%(created)f %(message)s")
     actors.GROW_EVERY_S = 1.0
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     node, env = (
@@ -75,7 +81,7 @@ def main(folder: Path, what: str) -> None:
     ended: dict[str, float] = {}
     runner = threading.Thread(target=run, args=(check(TokenizeConfig, values, "test"), source, ended), daemon=True)
     runner.start()
-    while len(list((output / "tokens").glob("*.parquet"))) < 3:
+    while len(list((output / "tokens").glob("*.parquet"))) < 3 or len(pids(log)) < (1 if what == "join" else 2):
         time.sleep(0.05)
     {"drain": drain, "kill": kill, "freeze": freeze, "join": lambda node: None}[what](node)
     told = time.time()

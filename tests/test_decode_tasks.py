@@ -79,7 +79,7 @@ def _read(pid: int, name: str) -> str:
 
 
 def gone(title: str) -> bool:
-    for _ in range(100):
+    for _ in range(600):
         if not processes(title):
             return True
         time.sleep(0.1)

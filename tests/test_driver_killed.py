@@ -29,7 +29,7 @@ NUM_SHARDS, IMAGES = 12, 30
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     write_shards(folder / "shards", [IMAGES] * NUM_SHARDS)
-    write_checkpoint(folder / "checkpoint", size=64, width=64)
+    write_checkpoint(folder / "checkpoint", size=128, width=128)
     path = folder / "tokenize.yaml"
     path.write_text(yaml.safe_dump({
         "checkpoint": str(folder / "checkpoint"), "shards": str(folder / "shards"), "output": str(folder / "out"),
@@ -46,7 +46,7 @@ def test_a_driver_killed_half_way_leaves_whole_parts_and_the_next_run_does_only_
 
     kill_driver_when_parts_exist(config, output, at_least=3)
     finished = {path.name: path.stat().st_mtime_ns for path in (output / "tokens").glob("*.parquet")}
-    assert 3 <= len(finished) <= 9
+    assert 3 <= len(finished) < NUM_SHARDS
     assert not (output / "manifest.json").exists()
 
     assert run_tokenize(load_config(TokenizeConfig, str(config)), "dvae") == 0
@@ -64,7 +64,7 @@ def test_a_driver_that_is_told_to_stop_does_so_in_seconds_and_says_how_to_go_on(
             os.killpg(driver.pid, signal.SIGINT)  # a terminal tells all the group
         else:
             driver.terminate()
-        said = stopped_within(driver, seconds=15)
+        said = stopped_within(driver, seconds=45)
     assert "go on with" in said and f"output={output}" in said
     assert not (output / "lease.json").exists() and not list(output.rglob(".*.tmp"))
 
@@ -76,7 +76,7 @@ def test_a_driver_that_is_told_to_stop_while_ray_starts_stops_too(config: Path, 
         wait_for(process, lambda: (output / "plan.json").exists())
         time.sleep(after_s)
         process.terminate()
-        said = stopped_within(process, seconds=15)
+        said = stopped_within(process, seconds=45)
     assert f"output={output}" in said
     assert not (output / "lease.json").exists() and not list(output.rglob(".*.tmp"))
 
@@ -90,7 +90,7 @@ def test_a_driver_that_is_told_to_stop_while_it_waits_for_a_store_stops_too(conf
             store.settimeout(60)
             connection, _ = store.accept()
             process.terminate()
-            said = stopped_within(process, seconds=10)
+            said = stopped_within(process, seconds=45)
             connection.close()
     assert "to go on" in said and "shards=s3://bucket/" in said
     assert not (tmp_path / "out" / "lease.json").exists()

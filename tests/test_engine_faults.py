@@ -52,7 +52,7 @@ def test_a_shard_that_hangs_at_the_end_is_finished_by_another_actor_long_before_
     assert run_tokenize(config(data, tmp_path / "out"), "dvae", source) == 0
     seconds = time.monotonic() - started
     assert len(list(marks.iterdir())) == 1, "it did hang"
-    assert seconds < 60, "derived deadlines begin at 300 s"
+    assert seconds < 150, "derived deadlines begin at 300 s"
     assert {row.attempts for row in rows(tmp_path / "out").values()} == {1}
     assert folder_bytes(tmp_path / "out" / "tokens") == folder_bytes(tmp_path / "calm" / "tokens")
     print(f"straggler: {seconds:.1f} s")  # noqa: T201

@@ -205,7 +205,7 @@ def command_line(process: int) -> str:
         return ""
 
 
-def survivors(mark: str, patience_s: float = 20) -> list[str]:
+def survivors(mark: str, patience_s: float = 60) -> list[str]:
     """What is left then; but for Ray's agents, which look for their cluster for a minute and touch nothing of ours."""
     give_up_at = time.monotonic() + patience_s
     while True:

@@ -133,7 +133,7 @@ def test_one_of_two_drivers_does_the_work_and_the_other_ends_with_3_in_seconds(
     assert (worker.returncode, told.returncode) == (0, 3)
     assert f"4 of 4 shards · {sum(COUNTS)} images tokenised · 0 failed" in said
     assert "another driver" in complaint and "Traceback" not in complaint
-    assert ends[told] < 15 and ends[told] < ends[worker]
+    assert ends[told] < min(60, ends[worker])
     found = {storage.base_name(i.url): storage.read_bytes(i.url) for i in storage.list_files(output.tokens_folder())}
     assert found == folder_bytes(folder / "calm" / "tokens")
     assert not storage.exists(output.file("lease.json")) and storage.exists(output.file("manifest.json"))
