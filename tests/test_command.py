@@ -17,7 +17,7 @@ from jobs.command_line import typed_command as _command
 def test_a_log_level_that_is_none_is_said() -> None:
     environment = {**os.environ, "DVAE_LOG": "foo"}
     command = [sys.executable, "-m", "jobs.cli", "--help"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert done.stderr == "dvae: DVAE_LOG is 'FOO', which is no level: set DEBUG, INFO, WARNING or ERROR\n"
 
@@ -52,7 +52,7 @@ def test_no_secret_of_a_typed_url_is_said_again(argument: str, tmp_path: Path) -
     config = tmp_path / "t.yaml"
     config.write_text("checkpoint: /nowhere\nshards: /nowhere/*.tar\noutput: /nowhere/out\n")
     command = [sys.executable, "-m", "jobs.cli", "tokenize", str(config), argument]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2 and done.stderr
     assert "S3CR3T" not in done.stdout + done.stderr
 

@@ -48,7 +48,7 @@ def test_the_demo_runs_through_submitted_jobs_and_a_bucket_and_its_lines_can_be_
         output, training = "s3://demo/tokenised", "s3://demo/training"
         for snippet in (*reading_lines(output), back_into_pictures(output, training)):
             command = [sys.executable, "-c", snippet.code]
-            pasted.append(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+            pasted.append(subprocess.run(command, capture_output=True, text=True, timeout=240, check=False))
 
     monkeypatch.setattr(demo, "_leave_open", paste)
     with s3_clients_of({}):

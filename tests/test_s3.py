@@ -38,7 +38,7 @@ def upload(folder: Path, url: str) -> None:
 
 def dvae(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.ray

@@ -137,7 +137,7 @@ def test_the_command_prints_a_plan_and_the_line_that_starts_it(checkpoint: Path,
 
     def dvae(*arguments: str) -> tuple[str, str]:
         command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         return done.stdout, done.stderr.splitlines()[-1]
 
     said, end = dvae()

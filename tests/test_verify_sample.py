@@ -76,7 +76,7 @@ def sample_of(report: Report) -> SampleReport:
 
 def dvae_verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "jobs.cli", "verify", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_right_tokens_are_the_same_in_every_image(made: TokenizeConfig, output: Path) -> None:
