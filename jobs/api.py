@@ -29,7 +29,7 @@ def load_tokenizer(
     url: str,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32",
     batch_size: int = 32,
     threads: int = 1,
     compile: bool = False,

@@ -47,7 +47,7 @@ class TokenizeConfig(Section):
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     require_end_marker: bool = True
     batch_size: Count = 64
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     threads: Count = 1
     accept_numerics: bool = False
@@ -66,9 +66,9 @@ class TokenizeConfig(Section):
         return url
 
     @model_validator(mode="after")
-    def _fp16_has_gpus(self) -> TokenizeConfig:
-        if self.precision == "fp16" and self.device == "cpu":
-            raise ValueError("precision fp16 needs GPUs: set ray.gpus_per_actor=1, or take bf16 or fp32")
+    def _precision_has_gpus(self) -> TokenizeConfig:
+        if self.precision in ("tf32", "fp16") and self.device == "cpu":
+            raise ValueError(f"precision {self.precision} needs GPUs: set ray.gpus_per_actor=1, or take bf16 or fp32")
         return self
 
     @model_validator(mode="after")

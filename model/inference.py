@@ -1,7 +1,8 @@
 """The encoder as tokenising runs it: weights cast once, fixed shapes, compiled if wished; uint8 pixels → latents.
 
 In bf16 and fp16 the encoder's convolutions and what lies between them are of that type, as under autocast; its last
-convolution, or the product with the codebook, stays in fp32.
+convolution, or the product with the codebook, stays in fp32. tf32 is fp32 whose convolutions multiply with 10 bits of
+mantissa, on GPUs that can.
 """
 # b images of one fixed-size batch, H W rows and columns, N positions, C channels
 
@@ -19,15 +20,20 @@ from model.checkpoint import Checkpoint
 from model.config import ModelError
 from model.dvae import DVAE, Conv2d, on_device
 
-Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def check_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision not in DTYPES:
         raise ModelError(f"precision {precision!r} must be one of {', '.join(DTYPES)}")
-    if precision == "fp16" and device.type == "cpu":
-        raise ModelError("precision 'fp16' needs a CUDA device; on the CPU take bf16 or fp32")
+    if precision in ("tf32", "fp16") and device.type == "cpu":
+        raise ModelError(f"precision {precision!r} needs a CUDA device; on the CPU take bf16 or fp32")
     return DTYPES[precision]
 
 

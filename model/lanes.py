@@ -25,14 +25,15 @@ Encode = Callable[[Tensor], Tensor]  # uint8 (b, H, W, C) → int32 (b, H, W), b
 
 
 @contextmanager
-def exact(threads: int) -> Iterator[None]:
-    """No gradients, so many threads, and true fp32; all as it was afterwards. On CUDA the flags count where a kernel
+def exact(threads: int, *, tf32: bool = False) -> Iterator[None]:
+    """No gradients, so many threads, and true fp32 (but for convolutions, where `tf32` is wished); all as it was
+    afterwards. On CUDA the flags count where a kernel
     is launched, so waiting for it needs none of this. No benchmarking: it may choose another kernel in another run."""
     with _SETTINGS:
         before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
-        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
         try:
             with torch.inference_mode(), cudnn:
                 yield

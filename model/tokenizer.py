@@ -9,6 +9,7 @@ called from several threads at once; lanes.py orders them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class DVAETokenizer:
         self._model = inference_model(checkpoint, self._device, self._dtype)
         size = self.image_spec["size"]
         pixels_shape, tokens_shape = (batch_size, size, size, 3), (batch_size, *self.grid)
-        with exact(threads):
+        with self._exact():
             self._latents = Latents(self._model, self._dtype, pixels_shape, compiled=compile)
             self._search = self._code_search()
         # Last: on CUDA the lanes' stream waits here for all that was written above, the search's buffers too.
@@ -83,7 +84,7 @@ class DVAETokenizer:
             part_BHWC = pixels_BHWC[start : start + self._batch_size]
             with self._lanes.lane() as lane:
                 lane.fill(part_BHWC)
-                with exact(self._threads):
+                with self._exact():
                     lane.launch(self._encode_batch)
                 tokens_BHW[start : start + self._batch_size] = lane.tokens()[: len(part_BHWC)]
         return tokens_BHW
@@ -93,7 +94,7 @@ class DVAETokenizer:
         token was that `encode` gives otherwise; 0 where it is the same."""
         self._check_pixels(pixels_BHWC)
         self._check_tokens(tokens_BHW)
-        with exact(self._threads), self._lanes.in_turn():
+        with self._exact(), self._lanes.in_turn():
             return self._in_batches(self._margins_batch, np.empty((0, *self.grid), np.float32), pixels_BHWC, tokens_BHW)
 
     def decode(self, tokens_BHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
@@ -101,12 +102,15 @@ class DVAETokenizer:
         self._check_tokens(tokens_BHW)
         f = self._model.config.downsample
         none = np.empty((0, tokens_BHW.shape[1] * f, tokens_BHW.shape[2] * f, 3), np.uint8)
-        with exact(self._threads):
+        with self._exact():
             return self._in_batches(self._decode_batch, none, tokens_BHW)
+
+    def _exact(self) -> AbstractContextManager[None]:
+        return exact(self._threads, tf32=self._precision == "tf32")
 
     def _code_search(self) -> Callable[[Tensor], Tensor]:
         tables, num_rows = self._model.tables(), self._batch_size * self.grid[0] * self.grid[1]
-        split = self._device.type == "cuda" and self._precision != "fp32" and self._model.config.head == "conv"
+        split = self._device.type == "cuda" and self._dtype != torch.float32 and self._model.config.head == "conv"
         if split:
             return SplitCodeSearch(tables, num_rows, self._dtype)
         plain = CodeSearch(tables, num_rows)
@@ -126,7 +130,7 @@ class DVAETokenizer:
     def _decode_batch(self, tokens_bHW: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         tokens_N = torch.from_numpy(tokens_bHW.astype(np.int64).reshape(-1)).to(self._device)
         batch, rows, columns = tokens_bHW.shape
-        with torch.autocast(self._device.type, self._dtype, enabled=self._precision != "fp32"):
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             stats_BCHW = self._model.decode_tokens(tokens_N, (batch, rows, columns))
         return losses.to_uint8(losses.reconstruction(stats_BCHW)).cpu().numpy()
 

@@ -120,7 +120,7 @@ def test_every_problem_is_reported_at_once_with_field_value_and_rule(file: Path)
     for problem in (
         "checkpoint: is missing",
         "batchsize: unknown key; did you mean batch_size?",
-        "precision: Input should be 'fp32', 'bf16' or 'fp16' (got 'int8')",
+        "precision: Input should be 'fp32', 'tf32', 'bf16' or 'fp16' (got 'int8')",
         "max_failed_samples: Input should be less than or equal to 1 (got 2)",
         "ray.num_actor: unknown key; did you mean ray.num_actors?",
         "ray.wait_s: Input should be a valid number, unable to parse string as a number (got 'soon')",

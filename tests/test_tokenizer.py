@@ -168,7 +168,7 @@ def test_other_tokens_are_refused_with_what_they_are(tokens_BHW, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "int8"}, "precision 'int8' must be one of fp32, bf16, fp16"),
+        ({"precision": "int8"}, "precision 'int8' must be one of fp32, tf32, bf16, fp16"),
         ({"precision": "fp16", "device": "cpu"}, "precision 'fp16' needs a CUDA device"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"threads": 0}, "threads 0"),
