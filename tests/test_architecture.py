@@ -33,6 +33,7 @@ DOORS = {
     "wandb": {"jobs/train_wandb.py"},
     "mlflow": {"jobs/train_mlflow.py"},
     "torchmetrics": {"model/perceptual.py"},
+    "onnxruntime": {"jobs/export_onnx.py"},
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
         "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
