@@ -210,6 +210,18 @@ def parity(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
+    folder: Annotated[str, typer.Argument(help="where encoder.onnx and decoder.onnx go")],
+    as_json: AsJson = False,
+) -> int:
+    """Write a checkpoint as ONNX files for other runtimes: pixels -> tokens, tokens -> pixels."""
+    from jobs.export_onnx import run_export_onnx
+
+    return run_export_onnx(checkpoint, folder, as_json=as_json)
+
+
+@app.command()
 def demo(
     folder: Annotated[str | None, typer.Option("--dir", help="where everything lands")] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="on a Ray cluster and an S3 server of its own")] = False,

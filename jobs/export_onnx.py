@@ -99,8 +99,8 @@ def _print(written: list[str], parity: OnnxParity | None, console: Console) -> N
         )
         return
     same = parity.num_tokens - parity.num_differing
+    ties = f" (the others by margins of up to {parity.largest_margin:.1g})" if parity.num_differing else ""
     console.print(
         f"{'[green]the same[/]' if parity.holds else '[red]not the same[/]'}: {same:,} of {parity.num_tokens:,} tokens "
-        f"are those of fp32 (the others by margins of up to {parity.largest_margin:.1g}), decoded pixels are within "
-        f"{parity.largest_difference} of 255"
+        f"are those of fp32{ties}, decoded pixels are within {parity.largest_difference} of 255"
     )
