@@ -106,7 +106,9 @@ def test_decoding_in_tasks_gives_the_same_bytes(
     with caplog.at_level(logging.INFO):
         assert run_tokenize(settings(checkpoint, shards, tmp_path, ray=elsewhere), "dvae") == 0
     assert parts(tmp_path) == parts(undisturbed)
-    assert "decode tasks of 1 threads" in caplog.text and not any(r.levelno > logging.INFO for r in caplog.records)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert "decode tasks of 1 threads" in caplog.text
+    assert not [words for words in warnings if not words.startswith("waiting for")], "a busy machine starts slowly"
 
 
 def test_a_finished_run_has_nothing_to_do_and_writes_nothing(
