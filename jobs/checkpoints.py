@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.config import DVAEConfig, ModelError
+from model.config import ModelError, model_config
 from pipeline import storage
 from pipeline.errors import PipelineError
 from pipeline.images import ImageSpec
@@ -72,7 +72,7 @@ def read_head(url: str) -> CheckpointHead:
     found = find_checkpoint(url)
     try:
         record = json.loads(storage.read_bytes(storage.join(found, RECORD)))
-        config = DVAEConfig.from_json(record["model"])
+        config = model_config(record["model"])
         image_spec = ImageSpec.from_json(record["image_spec"])
         grid = config.grid(image_spec.size)
         return CheckpointHead(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.cli_models import AsJson, export_weights
 from jobs.command_line import say, set_up_log
 from jobs.command_line import typed_command as _command
 
@@ -24,7 +25,6 @@ app = typer.Typer(
 )
 Config = Annotated[str, typer.Argument(help="a YAML file (any URL)", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of it", metavar="[KEY=VALUE]...")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
 @app.command()
@@ -209,16 +209,7 @@ def parity(
     return run_parity(checkpoint, shards, settings, as_json=as_json)
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
-    folder: Annotated[str, typer.Argument(help="where encoder.onnx and decoder.onnx go")],
-    as_json: AsJson = False,
-) -> int:
-    """Write a checkpoint as ONNX files for other runtimes: pixels -> tokens, tokens -> pixels."""
-    from jobs.export_onnx import run_export_onnx
-
-    return run_export_onnx(checkpoint, folder, as_json=as_json)
+app.command("export")(export_weights)
 
 
 @app.command()

@@ -6,15 +6,17 @@ Every problem is reported at once, each with the field, the value and the rule, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline import storage
 from pipeline.errors import PipelineError
@@ -43,6 +45,23 @@ Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 """Of shards: one or a list."""
 
 
+@dataclass(frozen=True)
+class KindOf:
+    """Of a section that is of one of several kinds: which one, by its values. Raises ValueError where none is."""
+
+    choose: Callable[[dict[str, Any]], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler(Annotated[source, BeforeValidator(self._validated)])
+
+    def _validated(self, value: Any) -> Any:
+        if is_dataclass(value) or value is None:
+            return value
+        kind = self.choose(value if isinstance(value, dict) else {})
+        # A dataclass alone would take unknown keys: an adapter gives it no rules, but in a union it does.
+        return TypeAdapter(kind | None, config=Section.model_config).validate_python(value)
+
+
 def load_config(kind: type[Settings], path: str | None, overrides: Sequence[str] = ()) -> Settings:
     """The settings of `path` with `key.sub=value` overrides on top. Raises ConfigError."""
     values = OmegaConf.create({}) if path is None else _read(path)
@@ -69,7 +88,7 @@ def check(kind: type[Settings], values: Any, source: str) -> Settings:
     try:
         checked = kind.model_validate(values)
     except ValidationError as error:
-        known = sorted(_known_keys(kind))
+        known = sorted(_known_keys(kind, values))
         problems += [_problem(dict(one), known) for one in error.errors()]
     if problems:
         raise ConfigError(f"{source}: " + "\n  ".join(["", *problems]).lstrip(" "))
@@ -78,7 +97,7 @@ def check(kind: type[Settings], values: Any, source: str) -> Settings:
 
 def _truths_for_numbers(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
     """Pydantic would take `true` for 1, in sections and in the dataclasses in them."""
-    for name, annotation in _annotations(kind) if isinstance(values, dict) else ():
+    for name, annotation in _annotations(kind, values) if isinstance(values, dict) else ():
         value, types = values.get(name), list(_parts(annotation))
         if isinstance(value, bool) and bool not in types and (int in types or float in types):
             yield f"{prefix}{name}: Input should be a number (got {value!r})"
@@ -129,7 +148,8 @@ def _parsed(override: str) -> DictConfig:
 def _problem(error: dict[str, Any], known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in _UNKNOWN:
-        meant = _meant(key, [_filled(name, error["loc"]) for name in known])
+        others = [name for name in known if not key.startswith(f"{name}.")]  # no section of it is meant
+        meant = _meant(key, [_filled(name, error["loc"]) for name in others])
         return f"{key}: unknown key" + (f"; did you mean {meant[0]}?" if meant else "")
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: is missing"
@@ -153,19 +173,29 @@ def _meant(key: str, known: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(key, known, n=1) or [last_names[name] for name in close]
 
 
-def _known_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+def _known_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a model and of the sections and dataclasses in it."""
-    for name, annotation in _annotations(kind):
+    for name, annotation in _annotations(kind, values):
         yield prefix + name
         below = f"{prefix}{name}.{_ANY}." if get_origin(annotation) is dict else f"{prefix}{name}."
         for part in (annotation, *get_args(annotation)):
-            yield from _known_keys(part, below)
+            yield from _known_keys(part, values.get(name) if isinstance(values, dict) else None, below)
 
 
-def _annotations(kind: Any) -> list[tuple[str, Any]]:
+def _annotations(kind: Any, values: Any) -> list[tuple[str, Any]]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return [(field.alias or name, field.annotation) for name, field in kind.model_fields.items()]
+        return [(field.alias or name, _chosen(name, field, values)) for name, field in kind.model_fields.items()]
     if isinstance(kind, type) and is_dataclass(kind):
         types = get_type_hints(kind)  # a dataclass keeps its annotations as text
         return [(field.name, types[field.name]) for field in fields(kind)]
     return []
+
+
+def _chosen(name: str, field: FieldInfo, values: Any) -> Any:
+    """The field's annotation, or the kind which the values ask for."""
+    value = values.get(name) if isinstance(values, dict) else None
+    for each in field.metadata:
+        if isinstance(each, KindOf):
+            with suppress(ValueError):  # is reported as the field's own problem
+                return each.choose(value if isinstance(value, dict) else {})
+    return field.annotation

@@ -192,7 +192,8 @@ def _as_trained(checkpoint: Checkpoint) -> tuple[float | None, LossConfig]:
     """The temperature of the checkpoint's step and the likelihood, where the checkpoint says how it was trained."""
     settings: dict[str, Any] = checkpoint.extra.get("training_config", {})
     ramp = settings.get("schedule", {}).get("temperature")
-    return None if ramp is None else ramp_at(Ramp(**ramp), checkpoint.step), LossConfig(**settings.get("loss", {}))
+    loss = settings.get("loss", {"likelihood": checkpoint.dvae_config.likelihoods[0]})
+    return None if ramp is None else ramp_at(Ramp(**ramp), checkpoint.step), LossConfig(**loss)
 
 
 def _read(url: str | None) -> bytes | None:

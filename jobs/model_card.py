@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.train_health import standing
-from model.config import DVAEConfig
+from model.config import ArchitectureConfig, model_config
 from pipeline.urls import public_url
 
 CARD = "MODEL_CARD.md"
@@ -51,7 +51,7 @@ class CardFacts:
     training settings, None where the checkpoint does not say."""
 
     tokenizer_id: str
-    model: DVAEConfig
+    model: ArchitectureConfig
     image_spec: Mapping[str, Any]
     step: int
     training: Settings | None = None
@@ -69,7 +69,7 @@ def card_of_training(record: Mapping[str, Any], lines: Sequence[Mapping[str, Any
     return model_card(
         CardFacts(
             tokenizer_id=record["tokenizer_id"],
-            model=DVAEConfig.from_json(record["model"]),
+            model=model_config(record["model"]),
             image_spec=record["image_spec"],
             step=record["step"],
             training=record["extra"]["training_config"],
@@ -107,9 +107,8 @@ def _what(facts: CardFacts) -> Iterator[str]:
     yield ""
     bits = rows * columns * math.log2(model.codebook_size)
     yield (
-        f"A discrete VAE (as DALL·E's, arXiv 2102.12092): {size} × {size} pixels become {rows * columns:,} "
-        f"tokens, at most {bits:,.0f} bits, and back. Tokenizer `{facts.tokenizer_id}`, step {facts.step:,}; width "
-        f"{model.width}, {model.blocks_per_group} blocks a group, head `{model.head}`, stem `{model.stem}`."
+        f"A discrete VAE: {size} × {size} pixels become {rows * columns:,} tokens, at most {bits:,.0f} bits, and back. "
+        f"{model.in_words()} Tokenizer `{facts.tokenizer_id}`, step {facts.step:,}."
     )
 
 

@@ -11,8 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from jobs.config import Patterns, Section
-from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
+from jobs.config import KindOf, Patterns, Section
+from model.config import (
+    DVAEConfig,
+    LossConfig,
+    ModelConfig,
+    ModelError,
+    OptimConfig,
+    ScheduleConfig,
+    config_class,
+)
 from pipeline.images import Augment, ImageSpec
 
 Positive = Annotated[int, Field(ge=1)]
@@ -119,7 +127,8 @@ class TrainConfig(Section):
     output: str
     """The URL under which everything is written; running again with the same one resumes."""
     data: DataConfig
-    model: DVAEConfig = DVAEConfig()
+    model: Annotated[ModelConfig, KindOf(config_class)] = DVAEConfig()
+    """DALL·E's; with `architecture: dalle_pytorch` its DiscreteVAE, which has keys of its own."""
     image: ImageSpec = ImageSpec()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -170,6 +179,10 @@ class TrainConfig(Section):
             self.model.grid(self.image.size)
         except ModelError as error:
             yield f"image.size with model.downsample: {error}"
+        try:
+            self.loss.check_fits(self.model)
+        except ModelError as error:
+            yield f"loss with model: {error}"
 
 
 def _onto(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -18,15 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from model.config import DVAEConfig, ModelError
-from model.dvae import DVAE
+from model.architectures import build
+from model.config import ArchitectureConfig, ModelError, model_config
 
 FORMAT = "dvae-checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS, TRAINING, RECORD = "model.safetensors", "training.safetensors", "checkpoint.json"
 RECORD_FIELDS = {"model": dict, "image_spec": dict, "step": int, "tokenizer_id": str, "files": dict, "extra": dict}
-# What of the architecture decides tokens; a decoder may change without changing them.
-ENCODER_FIELDS = ("codebook_size", "downsample", "width", "blocks_per_group", "head", "code_dim", "stem")
 
 
 class CheckpointError(ModelError):
@@ -38,7 +36,7 @@ class Checkpoint:
     """`extra` is what the caller asked to be kept beside the weights: how they were trained."""
 
     weights: dict[str, Tensor]
-    dvae_config: DVAEConfig
+    dvae_config: ArchitectureConfig
     image_spec: dict[str, Any]
     step: int
     tokenizer_id: str
@@ -46,12 +44,10 @@ class Checkpoint:
     training_state: dict[str, Tensor] | None = None
 
 
-def tokenizer_id(weights: dict[str, Tensor], dvae_config: DVAEConfig, image_spec: dict[str, Any]) -> str:
+def tokenizer_id(weights: dict[str, Tensor], dvae_config: ArchitectureConfig, image_spec: dict[str, Any]) -> str:
     """32 hex digits of a sha256 over encoder (and shared codebook), its architecture and the image spec."""
-    architecture = {name: value for name, value in dvae_config.to_json().items() if name in ENCODER_FIELDS}
-    if dvae_config.head == "conv":
-        del architecture["code_dim"]
-    digest = hashlib.sha256(_canonical({"architecture": architecture, "image_spec": image_spec}))
+    described = {"architecture": dvae_config.encoder_side(), "image_spec": image_spec}
+    digest = hashlib.sha256(_canonical(described))
     for name in sorted(each for each in weights if each.startswith("encoder.") or each == "codebook"):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
@@ -62,7 +58,7 @@ def tokenizer_id(weights: dict[str, Tensor], dvae_config: DVAEConfig, image_spec
 def checkpoint_files(
     *,
     weights: dict[str, Tensor],
-    dvae_config: DVAEConfig,
+    dvae_config: ArchitectureConfig,
     image_spec: dict[str, Any],
     step: int,
     training_state: dict[str, Tensor] | None,
@@ -128,9 +124,9 @@ def _read_record(read: Callable[[str], bytes]) -> dict[str, Any]:
     return record
 
 
-def _read_config(record: dict[str, Any]) -> DVAEConfig:
+def _read_config(record: dict[str, Any]) -> ArchitectureConfig:
     try:
-        return DVAEConfig.from_json(record["model"])
+        return model_config(record["model"])
     except ModelError as error:
         raise CheckpointError(f"{RECORD}: {error}") from error
 
@@ -157,10 +153,10 @@ def _read(read: Callable[[str], bytes], name: str) -> bytes:
         raise CheckpointError(f"{name} is missing: not a checkpoint, or one that was never finished") from error
 
 
-def _check_tensors(weights: dict[str, Tensor], config: DVAEConfig) -> None:
+def _check_tensors(weights: dict[str, Tensor], config: ArchitectureConfig) -> None:
     """The weights are exactly this architecture's: names, shapes and fp32."""
     with torch.device("meta"):
-        expected = DVAE(config).state_dict()
+        expected = build(config).state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             raise CheckpointError(f"{WEIGHTS} lacks the tensor {name!r}")

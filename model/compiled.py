@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from model.dvae import DVAE
+from model.autoencoder import Autoencoder
 from model.inference import compiling
 
 MAX_GRAPHS = 128  # of one function: groups × shapes
 
 
-def compile_convolutions(model: DVAE, device: torch.device) -> None:
+def compile_convolutions(model: Autoencoder, device: torch.device) -> None:
     """Before the first step, and after every copy that is to stay as it is. Names of weights don't change, losses may
     round differently. Raises ModelError where nothing can be compiled: now, and not in the first step."""
     with compiling():
@@ -21,13 +20,8 @@ def compile_convolutions(model: DVAE, device: torch.device) -> None:
     # All groups share one `forward`, for each shape that they are given; beyond the limit (8) torch goes on uncompiled.
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 4 * MAX_GRAPHS
-    for group in convolutions(model):
+    for group in (*model.encoder_body(), *model.decoder_body()):
         group.compile(dynamic=False)
-
-
-def convolutions(model: DVAE) -> list[nn.Module]:
-    """What lies outside the bottleneck, which is not compiled: its fp32 is a promise."""
-    return [*list(model.encoder.blocks)[:-1], *list(model.decoder.blocks)[1:]]
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,74 @@
-"""What a dVAE, its loss, its optimiser and its schedules are: frozen dataclasses, checked as they are made.
+"""What a model, its loss, its optimiser and its schedules are: frozen dataclasses, checked as they are made.
 
-The defaults are DALL·E's (arXiv 2102.12092). Reading files and command lines is the caller's business.
+There are two architectures, DALL·E's dVAE and DALLE-pytorch's DiscreteVAE; `config_class` says which one a model's
+fields mean. The defaults are DALL·E's (arXiv 2102.12092). Reading files and command lines is the caller's business.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
+
+from model.checks import ModelError as ModelError  # where all others look for it
+from model.checks import above, at_least, not_negative, one_of, share
+
+Likelihood = Literal["logit_laplace", "l2", "l1"]
 
 
-class ModelError(ValueError):
-    """Something that the caller gave to the model wing is wrong; the message names it and the remedy."""
+class ArchitectureConfig(ABC):
+    """What is asked of an architecture before there are weights."""
+
+    codebook_size: int
+    likelihoods: ClassVar[tuple[Likelihood, ...]]
+    """That its decoder can be trained with; the first is that of its authors."""
+
+    @property
+    @abstractmethod
+    def downsample(self) -> int:
+        """Pixels along each side of a token."""
+
+    @property
+    @abstractmethod
+    def has_conv_head(self) -> bool:
+        """Logits come from a convolution, which takes what is before it in the precision of the others."""
+
+    @abstractmethod
+    def largest_activation(self, image_size: int) -> int:
+        """Values of one image's widest tensor in the encoder."""
+
+    @abstractmethod
+    def encoder_side(self) -> dict[str, Any]:
+        """Those fields that decide tokens; a decoder may change without changing them."""
+
+    @abstractmethod
+    def in_words(self) -> str:
+        """For a model card."""
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """(H, W) tokens of a square image of `image_size` pixels."""
+        if image_size < self.downsample or image_size % self.downsample:
+            raise ModelError(f"image size {image_size} is not a multiple of downsample {self.downsample}")
+        return image_size // self.downsample, image_size // self.downsample
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]  # those below are dataclasses
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        known = {each.name for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(fields) - known):
+            raise ModelError(f"the model config has the unknown field {unknown[0]!r}; known: {sorted(known)}")
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
-class DVAEConfig:
-    """The architecture. `stem="full"` is DALL·E's; `"strided"` opens with a 4×4 convolution of stride 4."""
+class DVAEConfig(ArchitectureConfig):
+    """DALL·E's. `stem="full"` is its own; `"strided"` opens with a 4×4 convolution of stride 4."""
+
+    likelihoods = ("logit_laplace", "l2", "l1")
 
     codebook_size: int = 8192
     downsample: Literal[4, 8, 16] = 8
@@ -29,16 +80,16 @@ class DVAEConfig:
     stem: Literal["full", "strided"] = "full"
 
     def __post_init__(self) -> None:
-        _at_least("codebook_size", self.codebook_size, 2)
-        _one_of("downsample", self.downsample, (4, 8, 16))
-        _at_least("width", self.width, 4)
+        at_least("codebook_size", self.codebook_size, 2)
+        one_of("downsample", self.downsample, (4, 8, 16))
+        at_least("width", self.width, 4)
         if self.width % 4:
             raise ModelError(f"width {self.width} is not a multiple of 4 (a block is a quarter as wide inside)")
-        _at_least("blocks_per_group", self.blocks_per_group, 1)
-        _at_least("decoder_init", self.decoder_init, 1)
-        _one_of("head", self.head, ("conv", "inner_product"))
-        _at_least("code_dim", self.code_dim, 1)
-        _one_of("stem", self.stem, ("full", "strided"))
+        at_least("blocks_per_group", self.blocks_per_group, 1)
+        at_least("decoder_init", self.decoder_init, 1)
+        one_of("head", self.head, ("conv", "inner_product"))
+        at_least("code_dim", self.code_dim, 1)
+        one_of("stem", self.stem, ("full", "strided"))
 
     @property
     def stem_stride(self) -> int:
@@ -50,31 +101,99 @@ class DVAEConfig:
         num_poolings = (self.downsample // self.stem_stride).bit_length() - 1
         return tuple(self.width * min(2**group, 8) for group in range(num_poolings + 1))
 
-    def grid(self, image_size: int) -> tuple[int, int]:
-        """(H, W) tokens of a square image of `image_size` pixels."""
-        if image_size < self.downsample or image_size % self.downsample:
-            raise ModelError(f"image size {image_size} is not a multiple of downsample {self.downsample}")
-        return image_size // self.downsample, image_size // self.downsample
+    @property
+    def has_conv_head(self) -> bool:
+        return self.head == "conv"
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def largest_activation(self, image_size: int) -> int:
+        return (image_size // self.stem_stride) ** 2 * self.width
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> DVAEConfig:
-        known = {each.name for each in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ModelError(f"the model config has the unknown field {unknown[0]!r}; known: {sorted(known)}")
-        return cls(**fields)
+    def encoder_side(self) -> dict[str, Any]:
+        decoder_only = {"decoder_init"} | ({"code_dim"} if self.head == "conv" else set())
+        return {name: value for name, value in self.to_json().items() if name not in decoder_only}
+
+    def in_words(self) -> str:
+        blocks = f"{self.blocks_per_group} blocks a group"
+        return f"As DALL·E's (arXiv 2102.12092), width {self.width}, {blocks}, head `{self.head}`, stem `{self.stem}`."
+
+
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig(ArchitectureConfig):
+    """DALLE-pytorch's DiscreteVAE (1.6.6) on three colours; the defaults are those of its train_vae.py.
+
+    `codebook_size` is called num_tokens there. `normalization`: means and standard deviations of red, green and blue,
+    in [0, 1]: the encoder sees (x − mean)/std, and the decoder's output is of that kind.
+    """
+
+    architecture: Literal["dalle_pytorch"] = "dalle_pytorch"
+    codebook_size: int = 8192
+    num_layers: int = 3
+    num_resnet_blocks: int = 2
+    hidden_dim: int = 256
+    codebook_dim: int = 512
+    normalization: tuple[Colour, Colour] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+    likelihoods = ("l2", "l1")
+
+    def __post_init__(self) -> None:
+        one_of("architecture", self.architecture, ("dalle_pytorch",))
+        at_least("codebook_size", self.codebook_size, 2)
+        at_least("num_layers", self.num_layers, 1)
+        at_least("num_resnet_blocks", self.num_resnet_blocks, 0)
+        at_least("hidden_dim", self.hidden_dim, 1)
+        at_least("codebook_dim", self.codebook_dim, 1)
+        object.__setattr__(self, "normalization", _normalization(self.normalization))
+
+    @property
+    def downsample(self) -> int:
+        return int(2**self.num_layers)
+
+    @property
+    def has_conv_head(self) -> bool:
+        return True
+
+    def largest_activation(self, image_size: int) -> int:
+        return (image_size // 2) ** 2 * self.hidden_dim
+
+    def encoder_side(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_json().items() if name != "codebook_dim"}
+
+    def in_words(self) -> str:
+        sizes = ("num_layers", "num_resnet_blocks", "hidden_dim", "codebook_dim")
+        return f"As DALLE-pytorch's DiscreteVAE: {', '.join(f'{name} {getattr(self, name)}' for name in sizes)}."
+
+
+ModelConfig = DVAEConfig | DiscreteVAEConfig
+
+
+def config_class(fields: Mapping[str, Any]) -> type[ModelConfig]:
+    """Which architecture a model's fields, from JSON or YAML, are of. Those without a name are DALL·E's."""
+    if "architecture" not in fields:
+        return DVAEConfig
+    one_of("architecture", fields["architecture"], (DiscreteVAEConfig.architecture,), " (leave it out for DALL·E's)")
+    return DiscreteVAEConfig
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    """Of a checkpoint's record. Raises ModelError."""
+    return config_class(fields).from_json(fields)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Which density of pixels the decoder describes. The weight of the KL term is a schedule."""
 
-    likelihood: Literal["logit_laplace", "l2", "l1"] = "logit_laplace"
+    likelihood: Likelihood = "logit_laplace"
 
     def __post_init__(self) -> None:
-        _one_of("likelihood", self.likelihood, ("logit_laplace", "l2", "l1"))
+        one_of("likelihood", self.likelihood, ("logit_laplace", "l2", "l1"))
+
+    def check_fits(self, model: ArchitectureConfig) -> None:
+        """Raises ModelError."""
+        one_of("likelihood", self.likelihood, model.likelihoods, " here: this decoder gives colours, no log-scales")
 
 
 @dataclass(frozen=True)
@@ -93,14 +212,14 @@ class OptimConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        _above("lr", self.lr, 0.0)
+        above("lr", self.lr, 0.0)
         for beta in self.betas:
-            _share("betas", beta)
-        _above("eps", self.eps, 0.0)
-        _not_negative("weight_decay", self.weight_decay)
+            share("betas", beta)
+        above("eps", self.eps, 0.0)
+        not_negative("weight_decay", self.weight_decay)
         if self.grad_clip is not None:
-            _above("grad_clip", self.grad_clip, 0.0)
-        _share("ema_decay", self.ema_decay)
+            above("grad_clip", self.grad_clip, 0.0)
+        share("ema_decay", self.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -117,9 +236,9 @@ class Ramp:
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            _not_negative(name, getattr(self, name))
-        _at_least("steps", self.steps, 1)
-        _at_least("warmup", self.warmup, 0)
+            not_negative(name, getattr(self, name))
+        at_least("steps", self.steps, 1)
+        at_least("warmup", self.warmup, 0)
 
 
 @dataclass(frozen=True)
@@ -136,31 +255,19 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            _above(f"temperature.{name}", getattr(self.temperature, name), 0.0)
+            above(f"temperature.{name}", getattr(self.temperature, name), 0.0)
         if self.temperature.warmup:
             raise ModelError(f"temperature.warmup {self.temperature.warmup} must be 0: a warm-up starts at 0")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ModelError(f"{name} {value!r} must be a whole number of at least {least}")
-
-
-def _above(name: str, value: float, bound: float) -> None:
-    if not (math.isfinite(value) and value > bound):
-        raise ModelError(f"{name} {value!r} must be a finite number above {bound}")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0.0):
-        raise ModelError(f"{name} {value!r} must be a finite number, zero or more")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ModelError(f"{name} {value!r} must lie in [0, 1)")
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ModelError(f"{name} {value!r} must be one of {', '.join(map(repr, choices))}")
+def _normalization(given: Any) -> tuple[Colour, Colour]:
+    """As tuples, whatever it came as."""
+    try:
+        means, stds = ((float(red), float(green), float(blue)) for red, green, blue in given)
+    except (TypeError, ValueError):
+        raise ModelError(f"normalization {given!r} must be three means and three standard deviations") from None
+    for mean in means:
+        not_negative("normalization: mean", mean)
+    for std in stds:
+        above("normalization: standard deviation", std, 0.0)
+    return means, stds

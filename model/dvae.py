@@ -9,18 +9,16 @@ first convolution stay in fp32, whatever autocast says.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from model import quantizer
-from model.bottleneck import CodeFigures, relaxed_latent
-from model.config import DVAEConfig, ModelError
-from model.quantizer import CodeTables, GumbelNoise
+from model import losses
+from model.autoencoder import Autoencoder, Grid, Group, computed_again, seeded
+from model.config import DVAEConfig
+from model.quantizer import CodeTables
 
 
 class Conv2d(nn.Module):
@@ -73,15 +71,6 @@ ENCODER_KERNELS: Kernels = (3, 3, 3, 1)
 DECODER_KERNELS: Kernels = (1, 3, 3, 3)
 
 
-class Group(nn.Sequential):
-    """With a `forward` of our own, for torch.compile makes no graph of torch's."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        for layer in self:
-            x_BCHW = layer(x_BCHW)
-        return x_BCHW
-
-
 def _group(
     widths: tuple[int, int], kernels: Kernels, config: DVAEConfig, resize: tuple[str, nn.Module] | None
 ) -> Group:
@@ -95,13 +84,10 @@ def _group(
     return Group(layers)
 
 
-def _through(blocks: Iterable[nn.Module], x_BCHW: Tensor, *, recomputes: bool) -> Tensor:
-    """`recomputes`: of each group only what goes in is kept; the backward pass computes the rest again, bit for bit."""
+def _through(blocks: Sequence[nn.Module], x_BCHW: Tensor, *, recomputes: bool) -> Tensor:
+    """`recomputes`: of each group only what goes in is kept."""
     for block in blocks:
-        if recomputes and torch.is_grad_enabled() and isinstance(block, Group):
-            x_BCHW = checkpoint(block, x_BCHW, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x_BCHW = block(x_BCHW)
+        x_BCHW = computed_again(block, x_BCHW) if recomputes and isinstance(block, Group) else block(x_BCHW)
     return x_BCHW
 
 
@@ -130,8 +116,12 @@ class Encoder(nn.Module):
 
     def body(self, x_BCHW: Tensor) -> Tensor:
         """All but the last convolution."""
-        x_BCHW = _through(list(self.blocks)[:-1], x_BCHW, recomputes=self.recomputes)
+        x_BCHW = _through(self.body_layers, x_BCHW, recomputes=self.recomputes)
         return F.relu(x_BCHW, inplace=True)
+
+    @property
+    def body_layers(self) -> list[nn.Module]:
+        return list(self.blocks)[:-1]
 
     @property
     def output(self) -> Conv2d:
@@ -160,7 +150,11 @@ class Decoder(nn.Module):
 
     def body(self, x_BCHW: Tensor) -> Tensor:
         """All but the first convolution."""
-        return _through(list(self.blocks)[1:], x_BCHW, recomputes=self.recomputes)
+        return _through(self.body_layers, x_BCHW, recomputes=self.recomputes)
+
+    @property
+    def body_layers(self) -> list[nn.Module]:
+        return list(self.blocks)[1:]
 
     @property
     def input(self) -> Conv2d:
@@ -183,18 +177,10 @@ def _pixel_head(width: int, stride: int) -> Group:
     return Group(layers)
 
 
-Grid = tuple[int, int, int]  # (B, H, W) of tokens
+class DVAE(Autoencoder):
+    """Encoder, bottleneck and decoder. Pixel statistics are three means and three log-scales of the logit-Laplace."""
 
-
-class Relaxed(NamedTuple):
-    """What one training pass yields."""
-
-    stats_BCHW: Tensor  # (B, 6, H·f, W·f), fp32
-    codes: CodeFigures
-
-
-class DVAE(nn.Module):
-    """Encoder, bottleneck and decoder. `forward` is the relaxed training pass."""
+    config: DVAEConfig
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -203,29 +189,25 @@ class DVAE(nn.Module):
         if config.head == "inner_product":
             self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
 
-    def forward(self, x_BCHW: Tensor, noise_keys_B2: Tensor, temperature: float) -> Relaxed:
-        grid_BHW = self.grid_of(x_BCHW)
-        noise = GumbelNoise(noise_keys_B2, grid_BHW[1] * grid_BHW[2], self.config.codebook_size)
-        latent_ND, codes = relaxed_latent(self.encode(x_BCHW), self.tables(), noise, temperature)
-        return Relaxed(self.decode(latent_ND, grid_BHW), codes)
-
     def recompute_activations(self) -> None:
-        """From now on, training keeps fewer activations and computes the others twice: the same bits, less memory."""
         self.encoder.recomputes = self.decoder.recomputes = True
 
-    def grid_of(self, x_BCHW: Tensor) -> Grid:
-        """(B, H, W) of the tokens of these pixels."""
-        f = self.config.downsample
-        if x_BCHW.shape[2] % f or x_BCHW.shape[3] % f:
-            raise ModelError(f"pixels of {tuple(x_BCHW.shape[2:])} are not a multiple of downsample {f}")
-        return x_BCHW.shape[0], x_BCHW.shape[2] // f, x_BCHW.shape[3] // f
+    def map_pixels(self, pixels_BHWC: Tensor, out: Tensor | None = None) -> Tensor:
+        return losses.map_pixels(pixels_BHWC, out)
 
-    def encode(self, x_BCHW: Tensor) -> Tensor:
-        """Mapped pixels → what the keys of the codes are multiplied with: (N, C) in fp32, in raster order."""
-        return self.latents(x_BCHW).float()
+    def unmap_pixels(self, x_BCHW: Tensor) -> Tensor:
+        return losses.unmap_pixels(x_BCHW)
+
+    def expected(self, stats_BCHW: Tensor) -> Tensor:
+        return losses.expected_pixels(stats_BCHW)
+
+    def encoder_body(self) -> Sequence[nn.Module]:
+        return self.encoder.body_layers
+
+    def decoder_body(self) -> Sequence[nn.Module]:
+        return self.decoder.body_layers
 
     def latents(self, x_BCHW: Tensor) -> Tensor:
-        """`encode` in whatever type the last convolution gives."""
         conv_head = self.config.head == "conv"
         z_BCHW: Tensor = self.encoder.body(x_BCHW) if conv_head else self.encoder(x_BCHW)
         return z_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
@@ -237,19 +219,13 @@ class DVAE(nn.Module):
         keys, codes = self.encoder.output, self.decoder.input
         return CodeTables(keys.w.flatten(1), keys.b, codes.w.flatten(1).T, codes.b)
 
-    def decode_tokens(self, tokens_N: Tensor, grid_BHW: Grid) -> Tensor:
-        """Pixel statistics of one-hot codes, by lookup."""
-        return self.decode(quantizer.hard_latent(tokens_N, self.tables()), grid_BHW)
-
     def decode(self, latent_ND: Tensor, grid_BHW: Grid) -> Tensor:
-        """Latents, one row per position → pixel statistics in fp32."""
         latent_BDHW = latent_ND.reshape(*grid_BHW, -1).permute(0, 3, 1, 2)
         conv_head = self.config.head == "conv"
         stats_BCHW: Tensor = self.decoder.body(latent_BDHW) if conv_head else self.decoder(latent_BDHW)
         return stats_BCHW.float()
 
     def reset_parameters(self, seed: int) -> None:
-        """The same seed gives the same weights on every machine: drawn on the CPU, module by module."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, Conv2d):
@@ -260,11 +236,4 @@ class DVAE(nn.Module):
 
 
 def seeded_dvae(config: DVAEConfig, seed: int) -> DVAE:
-    model = DVAE(config)
-    model.reset_parameters(seed)
-    return model
-
-
-def on_device(model: DVAE, device: torch.device) -> DVAE:
-    """Weights lie channels-last, as the pixels do: convolutions then need no reordering."""
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return seeded(DVAE(config), seed)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import losses, quantizer
+from model.autoencoder import Autoencoder
 from model.bottleneck import CodeFigures
 from model.checkpoint import Checkpoint
 from model.config import LossConfig, ModelError
-from model.dvae import DVAE
 from model.inference import inference_model
 from model.metrics import EvalSums, eval_sums
 from model.micro_batches import Pixels
@@ -53,9 +53,12 @@ class Reconstructions:
 class Evaluator:
     """Holds a model as it is: a training run's moving average goes on changing under it."""
 
-    def __init__(self, model: DVAE, loss: LossConfig, *, seed: int, device: torch.device, precision: str) -> None:
+    def __init__(
+        self, model: Autoencoder, loss: LossConfig, *, seed: int, device: torch.device, precision: str
+    ) -> None:
         if precision not in ("fp32", "bf16"):
             raise ModelError(f"precision {precision!r} must be fp32 or bf16")
+        loss.check_fits(model.config)
         self._model, self._loss, self._seed, self._device = model, loss, seed, device
         self._bf16 = precision == "bf16"
 
@@ -79,15 +82,15 @@ class Evaluator:
         """`places_B`: of the images among all those held out. The noise is drawn by them, so that neither the batch
         size nor the number of workers changes it."""
         model = self._model
-        x_BCHW = losses.map_pixels(torch.as_tensor(pixels_BHWC).to(self._device, non_blocking=True))
+        x_BCHW = model.map_pixels(torch.as_tensor(pixels_BHWC).to(self._device, non_blocking=True))
         keys_B2 = quantizer.noise_keys(self._seed, EVALUATION_STEP, places_B).to(self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16):
             soft_BCHW, codes = model(x_BCHW, keys_B2, temperature)
             hard_BCHW = model.decode_tokens(codes.tokens_N, model.grid_of(x_BCHW))
         return Reconstructions(
-            x_BCHW=losses.unmap_pixels(x_BCHW),
-            soft_BCHW=losses.reconstruction(soft_BCHW),
-            hard_BCHW=losses.reconstruction(hard_BCHW),
-            nll_B=losses.negative_log_likelihood(soft_BCHW, x_BCHW, self._loss),
+            x_BCHW=model.unmap_pixels(x_BCHW),
+            soft_BCHW=model.reconstruction(soft_BCHW),
+            hard_BCHW=model.reconstruction(hard_BCHW),
+            nll_B=losses.negative_log_likelihood(soft_BCHW, x_BCHW, self._loss, model.expected),
             codes=codes,
         )

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model import losses, same_bits
+from model import same_bits
+from model.architectures import build
+from model.autoencoder import Autoencoder, on_device
 from model.checkpoint import Checkpoint
 from model.config import ModelError
-from model.dvae import DVAE, Conv2d, on_device
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -48,15 +49,14 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def inference_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DVAE:
+def inference_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """Frozen, on the device, its encoder in `dtype` but for the fp32 island."""
     with torch.device("meta"):
-        model = DVAE(checkpoint.dvae_config)
+        model = build(checkpoint.dvae_config)
     model.load_state_dict(checkpoint.weights, assign=True)
     model = on_device(model.requires_grad_(False).eval(), device)
-    for module in model.encoder.modules():
-        if isinstance(module, Conv2d) and not module.fp32:
-            module.to(dtype)
+    for layer in model.encoder_body():
+        layer.to(dtype)
     return model
 
 
@@ -64,7 +64,9 @@ class Latents:
     """uint8 (b, H, W, 3) on the device → (N, C): fp32, or the encoder's own type before a conv head. To be made and
     called inside `exact`, for it chooses by trying."""
 
-    def __init__(self, model: DVAE, dtype: torch.dtype, pixels_shape: tuple[int, ...], *, compiled: bool) -> None:
+    def __init__(
+        self, model: Autoencoder, dtype: torch.dtype, pixels_shape: tuple[int, ...], *, compiled: bool
+    ) -> None:
         self._model, self._dtype = model, dtype
         device = next(model.parameters()).device
         # A buffer of our own costs no page faults; a compiled pass makes none of this size.
@@ -80,8 +82,7 @@ class Latents:
 
     def _choose(self, pixels_shape: tuple[int, ...]) -> None:
         """A few images at a time where that gives the same bits: their activations stay in the cache, on the heap."""
-        side = pixels_shape[1] // self._model.config.stem_stride
-        bytes_per_image = side * side * self._model.config.width * self._dtype.itemsize
+        bytes_per_image = self._model.config.largest_activation(pixels_shape[1]) * self._dtype.itemsize
         self._at_once = same_bits.images_at_once(pixels_shape[0], bytes_per_image)
         if self._at_once == pixels_shape[0]:
             return
@@ -99,7 +100,7 @@ class Latents:
 
     def _eager(self, pixels_bHWC: Tensor) -> Tensor:
         out = None if self._x_bHWC is None else self._x_bHWC[: len(pixels_bHWC)]
-        x_bCHW = losses.map_pixels(pixels_bHWC, out=out)
+        x_bCHW = self._model.map_pixels(pixels_bHWC, out=out)
         return self._model.latents(x_bCHW.to(self._dtype))
 
 

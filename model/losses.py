@@ -3,8 +3,9 @@
 Optionally + γ·KL(q̄(z) ‖ uniform), where q̄ is the mean posterior of the global batch: that part of the KL which
 is about codes left unused (the mean KL is I(x; z) + KL(q̄ ‖ uniform)). Off in the paper's recipe.
 
-Everything is in fp32, and a mean over images: the loss depends on neither batch, world size nor resolution.
-Pixels are the paper's mapped ones: 0.8·x + 0.1 for x in [0, 1] (arXiv 2102.12092, appendix A.3).
+Everything is in fp32, and a mean over images: the loss depends on neither batch, world size nor resolution. `l2` and
+`l1` are of pixels as the architecture maps them, so their size is comparable within an architecture only. The mapping
+here is the paper's: 0.8·x + 0.1 for x in [0, 1] (arXiv 2102.12092, appendix A.3).
 """
 # B batch, C channels, H W rows and columns of pixels, N positions, K codes
 
@@ -34,9 +35,9 @@ def unmap_pixels(x: Tensor) -> Tensor:
     return ((x - 0.1) / 0.8).clamp(0.0, 1.0)
 
 
-def reconstruction(stats_BCHW: Tensor) -> Tensor:
-    """The decoder's six channels → (B, 3, H, W) in [0, 1]."""
-    return unmap_pixels(torch.sigmoid(stats_BCHW[:, :3]))
+def expected_pixels(stats_BCHW: Tensor) -> Tensor:
+    """Six channels, three means and three log-scales of the logit-Laplace → mapped pixels (B, 3, H, W)."""
+    return torch.sigmoid(stats_BCHW[:, :3])
 
 
 def to_uint8(x_BCHW: Tensor) -> Tensor:
@@ -53,9 +54,19 @@ class LossParts(NamedTuple):
     usage_kl: Tensor | None = None  # nats; None where it has no weight
 
 
-def loss_parts(stats_BCHW: Tensor, x_BCHW: Tensor, kl_N: Tensor, kl_weight: float, config: LossConfig) -> LossParts:
+Expected = Callable[[Tensor], Tensor]  # pixel statistics → the mapped pixels that they describe
+
+
+def loss_parts(
+    stats_BCHW: Tensor,
+    x_BCHW: Tensor,
+    kl_N: Tensor,
+    kl_weight: float,
+    config: LossConfig,
+    expected: Expected = expected_pixels,
+) -> LossParts:
     """`kl_N`: KL(q(z|x) ‖ uniform) of each position, in nats, from the noiseless logits."""
-    reconstruction = negative_log_likelihood(stats_BCHW, x_BCHW, config).mean() / x_BCHW[0].numel()
+    reconstruction = negative_log_likelihood(stats_BCHW, x_BCHW, config, expected).mean() / x_BCHW[0].numel()
     kl = kl_N.mean()
     if not kl_weight:  # no gradient of zeros, for the bottleneck computes whatever it is asked for
         return LossParts(reconstruction, reconstruction, kl.detach())
@@ -81,12 +92,13 @@ def _positions_per_value(x_BCHW: Tensor, num_positions: int) -> float:
     return num_positions / x_BCHW.numel()
 
 
-def negative_log_likelihood(stats_BCHW: Tensor, x_BCHW: Tensor, config: LossConfig) -> Tensor:
+def negative_log_likelihood(
+    stats_BCHW: Tensor, x_BCHW: Tensor, config: LossConfig, expected: Expected = expected_pixels
+) -> Tensor:
     """(B,): summed over an image's values. `l2` and `l1` have neither constants nor log-scales."""
-    mean_BCHW, log_scale_BCHW = stats_BCHW.chunk(2, dim=1)
     if config.likelihood == "logit_laplace":
-        return logit_laplace_nats(x_BCHW, mean_BCHW, log_scale_BCHW).flatten(1).sum(dim=1)
-    error_BCHW = x_BCHW - torch.sigmoid(mean_BCHW)
+        return logit_laplace_nats(x_BCHW, *stats_BCHW.chunk(2, dim=1)).flatten(1).sum(dim=1)
+    error_BCHW = x_BCHW - expected(stats_BCHW)
     penalty_BCHW = error_BCHW.square() if config.likelihood == "l2" else error_BCHW.abs()
     return penalty_BCHW.flatten(1).sum(dim=1)
 

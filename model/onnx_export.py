@@ -18,34 +18,34 @@ import torch
 from torch import Tensor, nn
 
 from model import losses, quantizer
+from model.autoencoder import Autoencoder
 from model.checkpoint import Checkpoint
 from model.config import ModelError
-from model.dvae import DVAE
 from model.inference import inference_model
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 
 
 class OnnxEncoder(nn.Module):
-    def __init__(self, model: DVAE, grid: tuple[int, int]) -> None:
+    def __init__(self, model: Autoencoder, grid: tuple[int, int]) -> None:
         super().__init__()
         self._model, self._grid = model, grid
 
     def forward(self, pixels_BHWC: Tensor) -> Tensor:
-        z_NC = self._model.encode(losses.map_pixels(pixels_BHWC))
+        z_NC = self._model.encode(self._model.map_pixels(pixels_BHWC))
         tokens_N = quantizer.logits(z_NC, self._model.tables()).argmax(dim=1)
         return tokens_N.to(torch.int32).reshape(-1, *self._grid)
 
 
 class OnnxDecoder(nn.Module):
-    def __init__(self, model: DVAE) -> None:
+    def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self._model = model
 
     def forward(self, tokens_BHW: Tensor) -> Tensor:
         batch, rows, columns = tokens_BHW.shape
         stats_BCHW = self._model.decode_tokens(tokens_BHW.flatten().long(), (batch, rows, columns))
-        return losses.to_uint8(losses.reconstruction(stats_BCHW))
+        return losses.to_uint8(self._model.reconstruction(stats_BCHW))
 
 
 def onnx_files(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -110,7 +110,7 @@ class DVAETokenizer:
 
     def _code_search(self) -> Callable[[Tensor], Tensor]:
         tables, num_rows = self._model.tables(), self._batch_size * self.grid[0] * self.grid[1]
-        split = self._device.type == "cuda" and self._dtype != torch.float32 and self._model.config.head == "conv"
+        split = self._device.type == "cuda" and self._dtype != torch.float32 and self._model.config.has_conv_head
         if split:
             return SplitCodeSearch(tables, num_rows, self._dtype)
         plain = CodeSearch(tables, num_rows)
@@ -132,7 +132,7 @@ class DVAETokenizer:
         batch, rows, columns = tokens_bHW.shape
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             stats_BCHW = self._model.decode_tokens(tokens_N, (batch, rows, columns))
-        return losses.to_uint8(losses.reconstruction(stats_BCHW)).cpu().numpy()
+        return losses.to_uint8(self._model.reconstruction(stats_BCHW)).cpu().numpy()
 
     def _in_batches(
         self, one_batch: Callable[..., NDArray[Any]], none: NDArray[Any], *arrays: NDArray[Any]

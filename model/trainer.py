@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import losses, quantizer, training_state
+from model.architectures import build
+from model.autoencoder import Autoencoder, on_device, seeded
 from model.bottleneck import mean_posterior
 from model.compiled import compile_convolutions
-from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
-from model.dvae import DVAE, on_device, seeded_dvae
+from model.config import ArchitectureConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
 from model.evaluation import Evaluator, Reconstructions
 from model.losses import LossParts
 from model.metrics import EvalSums, code_use
@@ -38,7 +39,7 @@ class Trainer:
 
     def __init__(
         self,
-        dvae_config: DVAEConfig,
+        dvae_config: ArchitectureConfig,
         loss_config: LossConfig,
         optim_config: OptimConfig,
         schedule_config: ScheduleConfig,
@@ -56,12 +57,13 @@ class Trainer:
         differently; both leave evaluation as it is. Raises ModelError."""
         if precision not in get_args(Precision):
             raise ModelError(f"precision {precision!r} must be one of {get_args(Precision)}")
+        loss_config.check_fits(dvae_config)
         self.loss_config, self.optim_config, self.schedules = loss_config, optim_config, schedule_config
         self._penalises_usage = max(schedule_config.usage_weight.start, schedule_config.usage_weight.end) > 0
         self.seed, self.device, self.precision = seed, device, precision
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self.step, self.skipped_steps, self.skipped_in_a_row = 0, 0, 0
-        self.model = on_device(seeded_dvae(dvae_config, seed), device)
+        self.model = on_device(seeded(build(dvae_config), seed), device)
         self._average = _moving_average(self.model, optim_config.ema_decay)
         if checkpoint_activations:
             self.model.recompute_activations()
@@ -79,8 +81,8 @@ class Trainer:
         self._is_unsettled = self._world_size > 2
 
     @property
-    def averaged_model(self) -> DVAE:
-        assert isinstance(self._average.module, DVAE)
+    def averaged_model(self) -> Autoencoder:
+        assert isinstance(self._average.module, Autoencoder)
         return self._average.module
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -188,7 +190,8 @@ class Trainer:
         with self._autocast():
             stats_BCHW, codes = self._forward(x_BCHW, keys_B2, values.temperature)
         self._own_code_counts_K.index_add_(0, codes.tokens_N, torch.ones_like(codes.tokens_N))
-        parts = losses.loss_parts(stats_BCHW, x_BCHW, codes.kl_N, values.kl_weight, self.loss_config)
+        expected = self.model.expected
+        parts = losses.loss_parts(stats_BCHW, x_BCHW, codes.kl_N, values.kl_weight, self.loss_config, expected)
         if not self._penalises_usage:
             return parts
         over_batch: Callable[[Tensor], Tensor] = lambda own_K: (  # noqa: E731
@@ -217,7 +220,7 @@ class Trainer:
         return {"loss": parts.loss, **reconstruction, "kl": parts.kl, **usage}
 
     def _mapped(self, pixels_BHWC: Pixels) -> Tensor:
-        return losses.map_pixels(torch.as_tensor(pixels_BHWC).to(self.device, non_blocking=True))
+        return self.model.map_pixels(torch.as_tensor(pixels_BHWC).to(self.device, non_blocking=True))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
@@ -244,15 +247,15 @@ class Trainer:
         self._average.update_parameters(self.model)
 
 
-def _in_ddp(model: DVAE, device: torch.device) -> DistributedDataParallel:
+def _in_ddp(model: Autoencoder, device: torch.device) -> DistributedDataParallel:
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def _moving_average(model: DVAE, decay: float) -> AveragedModel:
+def _moving_average(model: Autoencoder, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
 
-def _adamw(model: DVAE, config: OptimConfig) -> torch.optim.AdamW:
+def _adamw(model: Autoencoder, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,

@@ -38,9 +38,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peer_dalle_pytorch as peer
 from make_data import peak_bytes
-from model.config import DVAEConfig, LossConfig, OptimConfig, Ramp, ScheduleConfig
-from model.dvae import DVAE, Grid, Relaxed
-from model.quantizer import CodeTables
+from model.autoencoder import Relaxed
+from model.config import (
+    ArchitectureConfig,
+    DiscreteVAEConfig,
+    DVAEConfig,
+    LossConfig,
+    OptimConfig,
+    Ramp,
+    ScheduleConfig,
+)
+from model.discrete_vae import DiscreteVAE
+from model.dvae import DVAE
 from model.trainer import Trainer
 from plain_bottleneck import plain_latent
 
@@ -72,29 +81,16 @@ class Setting:
         return np.random.default_rng(0).integers(0, 256, (self.batch, self.size, self.size, 3), dtype=np.uint8)
 
 
-class PeerLayers(DVAE):
-    """DALLE-pytorch's convolutions on both sides of our bottleneck."""
+class PeerLayers(DiscreteVAE):
+    """DALLE-pytorch's own modules on both sides of our bottleneck."""
 
     def __init__(self, vae: Any) -> None:
         nn.Module.__init__(self)
-        self.config = DVAEConfig(codebook_size=vae.num_tokens)
-        self.body, self.to_logits, self.codes, self.from_codes = (
-            vae.encoder[:-1],
-            vae.encoder[-1],
-            vae.codebook,
-            vae.decoder,
-        )
+        self.config = DiscreteVAEConfig(codebook_size=vae.num_tokens)
+        self.encoder, self.codebook, self.decoder = vae.encoder, vae.codebook, vae.decoder
 
-    def latents(self, x_BCHW: Tensor) -> Tensor:
-        z_BCHW: Tensor = self.body((x_BCHW - 0.5) / 0.5)
-        return z_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
-
-    def tables(self) -> CodeTables:
-        return CodeTables(self.to_logits.weight.flatten(1), self.to_logits.bias, self.codes.weight, None)
-
-    def decode(self, latent_ND: Tensor, grid_BHW: Grid) -> Tensor:
-        mean_BCHW: Tensor = self.from_codes(latent_ND.reshape(*grid_BHW, -1).permute(0, 3, 1, 2))
-        return torch.cat([mean_BCHW, mean_BCHW], dim=1)  # our losses take log-scales too; L2 leaves them alone
+    def reset_parameters(self, seed: int) -> None:
+        """They are as their class makes them."""
 
 
 class PlainPeerLayers(PeerLayers):
@@ -105,7 +101,7 @@ class PlainPeerLayers(PeerLayers):
         return Relaxed(self.decode(latent_ND, self.grid_of(x_BCHW)), codes)
 
 
-def our_trainer(config: DVAEConfig, precision: Any = "fp32", **options: Any) -> Trainer:
+def our_trainer(config: ArchitectureConfig, precision: Any = "fp32", **options: Any) -> Trainer:
     """Its loss (L2, a KL that is computed and weighs nothing) and learning rate; AdamW and a moving average as ours."""
     schedules = ScheduleConfig(kl_weight=Ramp(0.0, 0.0, 1))
     given: dict[str, Any] = {"seed": 0, "device": torch.device("cpu"), "precision": precision, **options}
@@ -134,7 +130,7 @@ def theirs(setting: Setting) -> Row:
 
 def same_layers(setting: Setting, kind: type[PeerLayers] = PeerLayers) -> Row:
     model = kind(setting.theirs()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with patch("model.trainer.seeded_dvae", lambda *_: model):
+    with patch("model.trainer.build", lambda _: model):
         trainer = our_trainer(model.config)
     return Row(our_step(trainer, setting.pixels()), num_parameters(model), peer_flops(setting))
 

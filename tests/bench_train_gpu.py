@@ -27,8 +27,9 @@ from torch import Tensor
 
 from bench_gpu import Bench, matmul_peak
 from bench_train import our_flops
-from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, ScheduleConfig
-from model.dvae import DVAE, Relaxed
+from model.autoencoder import Relaxed
+from model.config import LossConfig, ModelError, OptimConfig, ScheduleConfig
+from model.dvae import DVAE
 from model.trainer import Trainer
 from plain_bottleneck import plain_latent
 
@@ -50,12 +51,6 @@ class PlainBottleneck(DVAE):
         return Relaxed(self.decode(latent_ND, grid_BHW), codes)
 
 
-def plain_dvae(config: DVAEConfig, seed: int) -> DVAE:
-    model = PlainBottleneck(config)
-    model.reset_parameters(seed)
-    return model
-
-
 class Steps:
     """One trainer at one batch size."""
 
@@ -65,7 +60,7 @@ class Steps:
         if fused:
             self._trainer = Trainer(*configs, **given)
         else:
-            with patch("model.trainer.seeded_dvae", plain_dvae):
+            with patch("model.trainer.build", PlainBottleneck):
                 self._trainer = Trainer(*configs, **given)
         self._pixels_BHWC, self._slots_B = bench.pixels(batch_size), np.arange(batch_size)
 

@@ -42,7 +42,7 @@ DOORS = {
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},
     "pydantic": {"jobs"},
-    "typer": {"jobs/cli.py"},
+    "typer": {"jobs/cli.py", "jobs/cli_models.py"},
     "rich": {"jobs"},
     "aiohttp": {"pipeline/storage.py", "jobs/submit.py"},  # its timeouts; Ray's Jobs client raises its errors
     "duckdb": {"jobs/demo_queries.py"},

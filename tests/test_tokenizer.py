@@ -125,7 +125,7 @@ def test_decoding_equals_the_one_hot_product(head):
     with torch.no_grad():
         if head == "inner_product":
             one_hot_BKHW = torch.einsum("bkhw,kd->bdhw", one_hot_BKHW, model.codebook)
-        expected = losses.to_uint8(losses.reconstruction(model.decoder(one_hot_BKHW))).numpy()
+        expected = losses.to_uint8(model.reconstruction(model.decoder(one_hot_BKHW))).numpy()
     found = DVAETokenizer(_checkpoint(config), batch_size=2).decode(tokens_BHW.astype(np.int16))
     assert found.dtype == np.uint8
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # another summation may round another way
