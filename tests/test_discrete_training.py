@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from jobs.api import load_tokenizer
 from jobs.checkpoints import read_head
 from jobs.config import ConfigError, check
 from jobs.eval_checkpoint import EvalSettings, evaluate
@@ -29,6 +30,8 @@ from model.config import DiscreteVAEConfig, LossConfig, ModelError, OptimConfig,
 from model.discrete_vae import from_hparams
 from model.evaluation import Evaluator
 from model.trainer import Trainer
+from pipeline.shard_patterns import expand
+from pipeline.shards import read_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +202,10 @@ def test_one_that_does_not_say_how_it_was_trained_is_evaluated_all_the_same(tmp_
     )  # fmt: skip
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    found = evaluate(str(tmp_path), [str(tmp_path / "val")], EvalSettings(num_images=3))
+    found = evaluate(str(tmp_path), [str(tmp_path / "val")], EvalSettings())
     assert 0 < found.figures["psnr_hard"] < 40 and "squared_error" not in found.figures
+    images = [sample.image for shard in expand([str(tmp_path / "val")]) for sample in read_samples(shard)]
+    tokens_BHW = load_tokenizer(str(tmp_path), device="cpu").encode(images)
+    assert np.array_equal(found.histogram_K, np.bincount(tokens_BHW.ravel(), minlength=32))
     head = read_head(str(tmp_path))
     assert (head.grid, head.codebook_size) == ((4, 4), 32)

@@ -363,6 +363,6 @@ def test_its_onnx_files_give_its_tokens_and_pixels() -> None:
     from jobs.export_onnx import parity_of
     from model.onnx_export import onnx_files
 
-    checkpoint = checkpoint_of("two blocks")
+    checkpoint = checkpoint_of("no blocks")
     parity = parity_of(checkpoint, onnx_files(checkpoint))
     assert parity.holds and parity.num_tokens == 8 * 4 * 4 and parity.num_differing <= 1
