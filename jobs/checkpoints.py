@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.config import ModelError, model_config
+from model.config import NO_DECODER, ModelError, model_config
 from pipeline import storage
 from pipeline.errors import PipelineError
 from pipeline.images import ImageSpec
@@ -36,6 +36,12 @@ class CheckpointHead:
     codebook_size: int
     image_spec: dict[str, Any]
     step: int
+    has_decoder: bool = True
+
+    def require_decoder(self) -> None:
+        """Raises ModelError."""
+        if not self.has_decoder:
+            raise ModelError(f"{storage.public_url(self.url)} cannot make pictures: {NO_DECODER}")
 
 
 def find_checkpoint(url: str) -> str:
@@ -76,7 +82,13 @@ def read_head(url: str) -> CheckpointHead:
         image_spec = ImageSpec.from_json(record["image_spec"])
         grid = config.grid(image_spec.size)
         return CheckpointHead(
-            found, str(record["tokenizer_id"]), grid, config.codebook_size, record["image_spec"], int(record["step"])
+            found,
+            str(record["tokenizer_id"]),
+            grid,
+            config.codebook_size,
+            record["image_spec"],
+            int(record["step"]),
+            record.get("has_decoder") is not False,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{found}/{RECORD} is no checkpoint of ours ({type(error).__name__}: {error})") from error

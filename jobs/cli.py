@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli_models import AsJson, export_weights
+from jobs.cli_models import AsJson, export_weights, import_weights
 from jobs.command_line import say, set_up_log
 from jobs.command_line import typed_command as _command
 
@@ -187,6 +187,9 @@ def evaluate(
 
     settings = EvalSettings(num_images, batch_size, device, precision, lpips_weights, fid_weights)
     return run_eval(checkpoint, shards, settings, output=output, card=card, as_json=as_json)
+
+
+app.command("import")(import_weights)
 
 
 @app.command()

@@ -9,6 +9,26 @@ import typer
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
+def import_weights(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="encoder.pkl, or it and decoder.pkl; a state dict of theirs; vae.pt; dalle.pt; a checkpoint of dvae",
+            metavar="SOURCE",
+        ),
+    ],
+    dest: Annotated[str, typer.Argument(help="URL or folder for the checkpoint", metavar="DEST")],
+    licence: Annotated[
+        str | None, typer.Option("--license", help="what the model card says of the weights, in place of what is known")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Other people's weights into a checkpoint; nothing in their files is run."""
+    from jobs.import_checkpoint import run_import
+
+    return run_import(sources, dest, licence=licence, as_json=as_json)
+
+
 def export_weights(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
     dest: Annotated[

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.checkpoints import file_reader, find_checkpoint
+from jobs.checkpoints import file_reader, find_checkpoint, read_head
 from jobs.progress import JobProgress
 from jobs.train_evaluation import side_by_side
 from model import losses
@@ -97,6 +97,7 @@ class EvalResult:
 def evaluate(url: str, patterns: Sequence[str], settings: EvalSettings) -> EvalResult:
     """Raises CheckpointNotFound, NoShardsMatched, NothingToEvaluate, ShardError, StorageError, ModelError."""
     started, found = time.monotonic(), find_checkpoint(url)
+    read_head(found).require_decoder()
     shards, device = expand(patterns), find_device(settings.device)
     checkpoint = read_checkpoint(file_reader(found))
     temperature, loss = _as_trained(checkpoint)

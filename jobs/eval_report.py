@@ -123,6 +123,7 @@ def card_of(result: EvalResult) -> bytes:
         figures=result.figures,
         source=f"On {source(result)} (`dvae eval`).",
         warnings=_warnings_of_training(result),
+        extra=checkpoint.extra,
     )
     return model_card(facts)
 

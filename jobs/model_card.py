@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.model_origin import Origin, origin_of, source_lines, stated_licence
 from jobs.train_health import standing
 from model.config import ArchitectureConfig, model_config
 from pipeline.urls import public_url
@@ -58,6 +59,12 @@ class CardFacts:
     figures: Mapping[str, float] | None = None
     source: str = ""
     warnings: Sequence[str] = ()
+    extra: Settings = field(default_factory=dict)  # of the checkpoint: where it was imported from, if it was
+    has_decoder: bool = True
+
+    @property
+    def origin(self) -> Origin | None:
+        return origin_of(self.extra)
 
 
 def card_of_training(record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> bytes:
@@ -110,6 +117,11 @@ def _what(facts: CardFacts) -> Iterator[str]:
         f"A discrete VAE: {size} × {size} pixels become {rows * columns:,} tokens, at most {bits:,.0f} bits, and back. "
         f"{model.in_words()} Tokenizer `{facts.tokenizer_id}`, step {facts.step:,}."
     )
+    if facts.origin is not None:
+        yield f"\nImported by `dvae import`: {facts.origin.what}. The weights come from:\n"
+        yield from (f"- {line}" for line in source_lines(facts.extra))
+    if not facts.has_decoder:
+        yield "\n**An encoder alone:** it makes tokens; to make pictures of them, import it with its decoder."
 
 
 def _use(facts: CardFacts) -> Iterator[str]:
@@ -128,7 +140,7 @@ def _use(facts: CardFacts) -> Iterator[str]:
 def _data(facts: CardFacts) -> Iterator[str]:
     yield "## Data\n"
     if facts.training is None:
-        yield "The checkpoint does not say what it was trained on."
+        yield "The checkpoint does not say what it was trained on." if facts.origin is None else facts.origin.data
         return
     data = facts.training["data"]
     for name, what in (("train_shards", "Trained on"), ("val_shards", "Held out")):
@@ -140,7 +152,7 @@ def _data(facts: CardFacts) -> Iterator[str]:
 def _recipe(facts: CardFacts) -> Iterator[str]:
     yield "## Recipe\n"
     if facts.training is None:
-        yield "The checkpoint does not say how it was trained."
+        yield "The checkpoint does not say how it was trained." if facts.origin is None else facts.origin.recipe
         return
     settings = facts.training
     yield (
@@ -166,13 +178,16 @@ def _figures(facts: CardFacts) -> Iterator[str]:
 
 def _limits(facts: CardFacts) -> Iterator[str]:
     yield "## Limits\n"
-    yield from (f"- {limit}" for limit in LIMITS)
+    yield from (f"- {limit}" for limit in (*(facts.origin.limits if facts.origin else ()), *LIMITS))
     yield from (f"- At the last evaluation: {warning}" for warning in facts.warnings)
 
 
 def _licence(facts: CardFacts) -> Iterator[str]:
     yield "## Licence\n"
-    stated = (facts.training or {}).get("license")
+    stated = stated_licence(facts.extra) or (facts.training or {}).get("license")
+    if facts.origin is not None and not stated:
+        yield facts.origin.licence
+        return
     yield (
         stated or "Not stated. (Whoever trains sets `license` in the settings; the licences of the images matter too.)"
     )

@@ -68,6 +68,7 @@ def load_matching_tokenizer(run: dict[str, Any], checkpoint: str, output_url: st
             f"{output_url} was made by tokenizer {run['tokenizer_id']}, but {checkpoint} is {head.tokenizer_id}: "
             "its decoder would show nonsense; name the checkpoint of that run"
         )
+    head.require_decoder()
     return TokenizerSource(head.url, device="auto", precision="fp32", batch_size=DECODE_BATCH, threads=1).load()
 
 

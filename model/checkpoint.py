@@ -43,6 +43,11 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
     training_state: dict[str, Tensor] | None = None
 
+    @property
+    def has_decoder(self) -> bool:
+        """An encoder alone makes tokens, and can be asked for nothing else."""
+        return any(map(_is_decoders, self.weights))
+
 
 def tokenizer_id(weights: dict[str, Tensor], dvae_config: ArchitectureConfig, image_spec: dict[str, Any]) -> str:
     """32 hex digits of a sha256 over encoder (and shared codebook), its architecture and the image spec."""
@@ -63,9 +68,10 @@ def checkpoint_files(
     step: int,
     training_state: dict[str, Tensor] | None,
     extra: dict[str, Any],
+    has_decoder: bool = True,
 ) -> dict[str, bytes]:
     """File name → bytes, in the order in which to publish them: the record that the others exist is last."""
-    _check_tensors(weights, dvae_config)
+    _check_tensors(weights, dvae_config, has_decoder)
     files = {WEIGHTS: save(_contiguous(weights))}
     if training_state is not None:
         files[TRAINING] = save(_contiguous(training_state))
@@ -78,6 +84,7 @@ def checkpoint_files(
         "image_spec": image_spec,
         "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
         "extra": extra,
+        **({} if has_decoder else {"has_decoder": False}),
     }
     record["record_sha256"] = _sha256(_canonical(record))
     files[RECORD] = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
@@ -89,7 +96,7 @@ def read_checkpoint(read: Callable[[str], bytes], *, with_training_state: bool =
     record = _read_record(read)
     config = _read_config(record)
     weights = _read_tensors(read, record, WEIGHTS)
-    _check_tensors(weights, config)
+    _check_tensors(weights, config, record.get("has_decoder", True))
     found = tokenizer_id(weights, config, record["image_spec"])
     if found != record["tokenizer_id"]:
         raise CheckpointError(f"{RECORD} says tokenizer_id {record['tokenizer_id']}; its weights give {found}")
@@ -153,10 +160,16 @@ def _read(read: Callable[[str], bytes], name: str) -> bytes:
         raise CheckpointError(f"{name} is missing: not a checkpoint, or one that was never finished") from error
 
 
-def _check_tensors(weights: dict[str, Tensor], config: ArchitectureConfig) -> None:
+def _is_decoders(name: str) -> bool:
+    return name.startswith("decoder.")
+
+
+def _check_tensors(weights: dict[str, Tensor], config: ArchitectureConfig, has_decoder: bool) -> None:
     """The weights are exactly this architecture's: names, shapes and fp32."""
     with torch.device("meta"):
         expected = build(config).state_dict()
+    if not has_decoder:
+        expected = {name: each for name, each in expected.items() if not _is_decoders(name)}
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             raise CheckpointError(f"{WEIGHTS} lacks the tensor {name!r}")

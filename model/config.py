@@ -17,6 +17,11 @@ from model.checks import above, at_least, not_negative, one_of, share
 
 Likelihood = Literal["logit_laplace", "l2", "l1"]
 
+NO_DECODER = (
+    "this checkpoint is an encoder alone: it makes tokens, and pictures need the decoder too; import both, "
+    "`dvae import encoder.pkl decoder.pkl DEST`: the tokenizer_id, and so every token, stays the same"
+)
+
 
 class ArchitectureConfig(ABC):
     """What is asked of an architecture before there are weights."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model import losses
 from model.autoencoder import Autoencoder, Grid, Group, computed_again, seeded
-from model.config import DVAEConfig
+from model.config import NO_DECODER, DVAEConfig, ModelError
 from model.quantizer import CodeTables
 
 
@@ -161,6 +161,20 @@ class Decoder(nn.Module):
         return _conv(self.blocks, "input")
 
 
+class NoDecoder(Decoder):
+    """In the place of the decoder that a checkpoint lacks. It has no weights, and refuses."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.blocks = nn.Sequential()
+
+    def body(self, x_BCHW: Tensor) -> Tensor:
+        raise ModelError(NO_DECODER)
+
+    def forward(self, latent_BCHW: Tensor) -> Tensor:
+        return self.body(latent_BCHW)
+
+
 def _conv(blocks: nn.Sequential, name: str) -> Conv2d:
     module = blocks.get_submodule(name)
     assert isinstance(module, Conv2d)
@@ -216,7 +230,10 @@ class DVAE(Autoencoder):
         """Keys make the logits, codes make the latent; for `inner_product` one table is both."""
         if self.config.head == "inner_product":
             return CodeTables(self.codebook, None, self.codebook, None)
-        keys, codes = self.encoder.output, self.decoder.input
+        keys = self.encoder.output
+        if isinstance(self.decoder, NoDecoder):
+            return CodeTables(keys.w.flatten(1), keys.b, keys.w.new_empty(len(keys.w), 0), None)
+        codes = self.decoder.input
         return CodeTables(keys.w.flatten(1), keys.b, codes.w.flatten(1).T, codes.b)
 
     def decode(self, latent_ND: Tensor, grid_BHW: Grid) -> Tensor:

@@ -20,6 +20,7 @@ from model.architectures import build
 from model.autoencoder import Autoencoder, on_device
 from model.checkpoint import Checkpoint
 from model.config import ModelError
+from model.dvae import NoDecoder
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -53,6 +54,8 @@ def inference_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
     """Frozen, on the device, its encoder in `dtype` but for the fp32 island."""
     with torch.device("meta"):
         model = build(checkpoint.dvae_config)
+        if not checkpoint.has_decoder:
+            model.decoder = NoDecoder()
     model.load_state_dict(checkpoint.weights, assign=True)
     model = on_device(model.requires_grad_(False).eval(), device)
     for layer in model.encoder_body():

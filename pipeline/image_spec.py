@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 IMAGE_SPEC_VERSION = 1
 
-Resample = Literal["lanczos", "bicubic", "box"]
+Resample = Literal["lanczos", "bicubic", "bilinear", "box"]
 Small = Literal["refuse", "upscale"]
 Shrink = Literal["none", "dct"]
 
