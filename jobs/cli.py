@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli_models import AsJson, export_weights, import_weights
+from jobs.cli_models import AsJson, export_weights, import_weights, parity
 from jobs.command_line import say, set_up_log
 from jobs.command_line import typed_command as _command
 
@@ -190,29 +190,8 @@ def evaluate(
 
 
 app.command("import")(import_weights)
-
-
-@app.command()
-def parity(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
-    shards: Annotated[list[str], typer.Argument(help="shards, as in dvae tokenize: some of their images are encoded")],
-    images: Annotated[int, typer.Option(help="how many", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="as in dvae tokenize", min=1)] = 64,
-    threads: Annotated[int, typer.Option(help="as in dvae tokenize", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="leave the compiled variants out")] = False,
-    against: Annotated[str | None, typer.Option(help="another checkpoint: how many of its tokens are the same")] = None,
-    as_json: AsJson = False,
-) -> int:
-    """How many tokens of each precision, or of another checkpoint, are those of fp32; and how fast each is here."""
-    from jobs.parity import ParitySettings
-    from jobs.parity_report import run_parity
-
-    settings = ParitySettings(images, batch_size, threads, device, compile=not no_compile, against=against)
-    return run_parity(checkpoint, shards, settings, as_json=as_json)
-
-
 app.command("export")(export_weights)
+app.command()(parity)
 
 
 @app.command()

@@ -47,3 +47,22 @@ def export_weights(
     from jobs.export_onnx import run_export_onnx
 
     return run_export_onnx(checkpoint, dest, as_json=as_json)
+
+
+def parity(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint's folder, or an output of dvae train")],
+    shards: Annotated[list[str], typer.Argument(help="shards, as in dvae tokenize: some of their images are encoded")],
+    images: Annotated[int, typer.Option(help="how many", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="as in dvae tokenize", min=1)] = 64,
+    threads: Annotated[int, typer.Option(help="as in dvae tokenize", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="leave the compiled variants out")] = False,
+    against: Annotated[str | None, typer.Option(help="another checkpoint: how many of its tokens are the same")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """How many tokens of each precision, or of another checkpoint, are those of fp32; and how fast each is here."""
+    from jobs.parity import ParitySettings
+    from jobs.parity_report import run_parity
+
+    settings = ParitySettings(images, batch_size, threads, device, compile=not no_compile, against=against)
+    return run_parity(checkpoint, shards, settings, as_json=as_json)

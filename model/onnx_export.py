@@ -49,7 +49,7 @@ class OnnxDecoder(nn.Module):
 
 
 def onnx_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """File name → bytes. Raises ModelError where the exporter is not installed."""
+    """File name → bytes; of an encoder alone just its own. Raises ModelError where the exporter is not installed."""
     size, grid = checkpoint.image_spec["size"], checkpoint.dvae_config.grid(checkpoint.image_spec["size"])
     model = inference_model(checkpoint, torch.device("cpu"), torch.float32)
     pixels_BHWC = torch.zeros((2, size, size, 3), dtype=torch.uint8)
@@ -59,10 +59,10 @@ def onnx_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "image_spec": json.dumps(checkpoint.image_spec, sort_keys=True),
         "codebook_size": str(checkpoint.dvae_config.codebook_size),
     }
-    return {
-        ENCODER: _exported(OnnxEncoder(model, grid), pixels_BHWC, ("pixels", "tokens"), facts),
-        DECODER: _exported(OnnxDecoder(model), tokens_BHW, ("tokens", "pixels"), facts),
-    }
+    files = {ENCODER: _exported(OnnxEncoder(model, grid), pixels_BHWC, ("pixels", "tokens"), facts)}
+    if checkpoint.has_decoder:
+        files[DECODER] = _exported(OnnxDecoder(model), tokens_BHW, ("tokens", "pixels"), facts)
+    return files
 
 
 def _exported(module: nn.Module, example: Tensor, names: tuple[str, str], facts: dict[str, str]) -> bytes:
