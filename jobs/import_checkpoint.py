@@ -126,7 +126,10 @@ def _image_spec(found: Pretrained) -> ImageSpec:
     """As OpenAI's notebook, which is our default; as DALLE-pytorch's train_vae.py, as near as can be said here."""
     if found.image_size is None:
         return ImageSpec()
-    return ImageSpec(size=found.image_size, resample="bilinear", small="upscale")
+    try:
+        return ImageSpec(size=found.image_size, resample="bilinear", small="upscale")
+    except ValueError as error:
+        raise CannotImport(f"images of {found.image_size} pixels cannot be made here: {error}") from error
 
 
 def _of_our_own(sources: Sequence[str], licence: str | None) -> Imported:

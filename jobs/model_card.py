@@ -129,7 +129,8 @@ def _use(facts: CardFacts) -> Iterator[str]:
     yield "```\ndvae tokenize tokenize.yaml checkpoint=THIS_FOLDER shards='SHARDS/*.tar' output=TOKENS\n```\n"
     yield "```python\nfrom jobs.api import load_tokenizer\n"
     yield 'tokenizer = load_tokenizer("THIS_FOLDER")'
-    yield 'tokens_BHW = tokenizer.encode(["cat.jpg"])\npixels_BHWC = tokenizer.decode(tokens_BHW)\n```\n'
+    decoding = "\npixels_BHWC = tokenizer.decode(tokens_BHW)" if facts.has_decoder else ""
+    yield f'tokens_BHW = tokenizer.encode(["cat.jpg"]){decoding}\n```\n'
     spec = facts.image_spec
     yield (
         f"Images are brought to {spec['size']} pixels by the image spec in `checkpoint.json` (resample "

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.config import DVAEConfig, ModelError
+from model.config import DVAEConfig, ModelConfig, ModelError
+from model.discrete_vae import from_hparams
 from model.dvae import DVAE
 from model.foreign_file import ForeignFile
 from model.foreign_modules import check_layers, state_dict
@@ -25,6 +26,7 @@ MODULE_SIDES: dict[str, Side] = {"dall_e.encoder Encoder": "encoder", "dall_e.de
 # Before the names of an encoder's or a decoder's tensors, where both lie in one state dict.
 PREFIXES = ("", "encoder.", "decoder.", "enc.", "dec.")
 FIRST, LAST = "blocks.input.w", "blocks.output.conv.w"
+MAX_HPARAM = 1 << 20  # codes, channels, pixels
 MAX_BLOCKS = 64  # of a group; the published one has 2
 WRAPPERS = ("state_dict", "model")
 WHAT_IS_READ = (
@@ -38,7 +40,7 @@ class Pretrained:
     """`image_size` None: the source does not say it. `stored_as`: the types that the weights had."""
 
     kind: Kind
-    config: DVAEConfig
+    config: ModelConfig
     weights: dict[str, Tensor]
     image_size: int | None
     has_decoder: bool
@@ -214,11 +216,38 @@ def _holds_openai(file: ForeignFile) -> bool:
 def _under_vae(file: ForeignFile) -> dict[str, TensorRef]:
     """Those tensors of a dalle.pt that are the image tokenizer's, without their `vae.`"""
     named = ((name, ref) for name, ref in file.value["weights"].items() if isinstance(name, str))
-    found = {name.removeprefix("vae."): ref for name, ref in named if name.startswith("vae.")}
-    if not all(isinstance(ref, TensorRef) for ref in found.values()):
-        raise ForeignFileError(f"{file.name}: something under 'vae.' is no tensor")
-    return found
+    return {name.removeprefix("vae."): ref for name, ref in named if name.startswith("vae.")}
 
 
 def _dalle_pytorch(file: ForeignFile) -> Pretrained:
-    raise ForeignFileError(f"{file.name} is a model of DALLE-pytorch, which this version does not read yet")
+    """Of a vae.pt, or of the DiscreteVAE in a dalle.pt."""
+    value, whole = file.value, _is_whole_dalle(file.value)
+    refs = _under_vae(file) if whole else value["weights"]
+    hparams = value.get("vae_params") if whole else value["hparams"]
+    if whole and not isinstance(hparams, dict):
+        named = value.get("vae_class_name")
+        of = f" but a {named}" if isinstance(named, str) else ""
+        raise ForeignFileError(f"{file.name}: the image tokenizer in it is no DiscreteVAE{of}, which is not read here")
+    if not _is_state(refs):
+        raise ForeignFileError(f"{file.name}: something among its weights is no tensor")
+    _check_hparams(file, hparams, len(refs))
+    try:
+        config, weights, image_size = from_hparams(hparams, file.tensors(refs))
+    except ForeignFileError:
+        raise
+    except (ModelError, TypeError, ValueError) as error:
+        raise ForeignFileError(f"{file.name}: {error}") from error
+    stored_as = tuple(sorted({ref.storage.dtype for ref in refs.values()}))
+    return Pretrained("dalle_pytorch", config, weights, image_size, True, stored_as)
+
+
+def _check_hparams(file: ForeignFile, hparams: Any, num_tensors: int) -> None:
+    """Their architecture is built before it is compared: its numbers must be of a size that the file could hold."""
+    if not isinstance(hparams, dict) or not all(isinstance(name, str) for name in hparams):
+        raise ForeignFileError(f"{file.name}: its hparams are no dict of names")
+    for name, value in hparams.items():
+        most = num_tensors if name in ("num_layers", "num_resnet_blocks") else MAX_HPARAM
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise ForeignFileError(f"{file.name}: its hparams say {name} {value}, which its weights cannot be of")
+        if not isinstance(value, int | float | str | tuple | list | None):
+            raise ForeignFileError(f"{file.name}: its hparams hold a {type(value).__name__} as {name}")

@@ -103,9 +103,26 @@ def test_an_image_of_one_pixel_is_refused_or_one_colour() -> None:
 
 def test_other_filters_are_taken_from_the_spec() -> None:
     image = picture(0, 64, 64)
-    for name, resample in (("bicubic", Image.Resampling.BICUBIC), ("box", Image.Resampling.BOX)):
+    filters = Image.Resampling
+    for name, resample in (("bicubic", filters.BICUBIC), ("bilinear", filters.BILINEAR), ("box", filters.BOX)):
         spec = ImageSpec.from_json({**ImageSpec(size=16).to_json(), "resample": name})
         assert np.array_equal(decode_image(encoded(image, "PNG"), spec).pixels_HWC, image.resize((16, 16), resample))
+
+
+def test_bilinear_pixels_are_those_of_torchvisions_resize_but_where_it_cuts_off() -> None:
+    """T.Resize(size), T.CenterCrop(size) of a PIL image, as DALLE-pytorch's train_vae.py: the longer side is cut off
+    to a whole number there, and rounded here."""
+    spec, same = ImageSpec(size=32, resample="bilinear", small="upscale"), 0
+    for width, height in ((32, 32), (64, 64), (20, 20), (100, 50), (50, 100), (47, 47), (61, 40), (40, 61), (33, 50)):
+        image, shorter = picture(3, width, height), min(width, height)
+        new = [int(32 * side / shorter) for side in (width, height)]
+        left, top = (int(round((side - 32) / 2.0)) for side in new)  # noqa: RUF046 - as it is there
+        wanted = image.resize(new, Image.Resampling.BILINEAR).crop((left, top, left + 32, top + 32))
+        found = decode_image(encoded(image, "PNG"), spec).pixels_HWC
+        rounded = [round(32 / shorter * side) for side in (width, height)]
+        assert np.array_equal(found, np.asarray(wanted)) or new != rounded
+        same += new == rounded
+    assert same == 7
 
 
 # Orientation
