@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from model.foreign_names import ForeignFileError, StorageRef, TensorRef
+from model.foreign_names import ForeignFileError, StorageRef, TensorRef, is_count
 from model.foreign_pickle import read_pickle
 
 MAX_PICKLE_BYTES = 8 << 20  # the pickle of a model with thousands of tensors and its optimiser takes a tenth of it
@@ -33,10 +33,11 @@ SAFETENSORS = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 BIG_ENDIAN = "was written on a big-endian machine: save it again on a little-endian one"
+WEB_PAGE = "is a web page, not a file of weights: the download went wrong; fetch it again"
 NOT_WEIGHTS = {  # how other things begin that are downloaded in place of weights
-    b"<": "is a web page, not a file of weights: the download went wrong; fetch it again",
+    **dict.fromkeys((b"<!", b"<h", b"<H", b"<?"), WEB_PAGE),  # more than "<", which begins a safetensors file too
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull`",
-    b"\x1f\x8b": "is compressed by gzip: unpack it first",
+    b"\x1f\x8b\x08": "is compressed by gzip: unpack it first",
 }
 
 
@@ -70,11 +71,16 @@ class ForeignFile:
     def tensors(self, wanted: Mapping[str, TensorRef]) -> dict[str, Tensor]:
         """Read in fp32, contiguous; fp16 and bf16 become fp32 exactly. Raises ForeignFileError, as `check` does."""
         self.check(wanted)
-        return {name: self._tensor(name, ref) for name, ref in wanted.items()}
+        by_storage: dict[StorageRef, list[str]] = {}
+        for name, ref in wanted.items():
+            by_storage.setdefault(ref.storage, []).append(name)
+        made: dict[str, Tensor] = {}
+        for storage, names in by_storage.items():  # each is read once, however many tensors lie in it
+            numbers = torch.frombuffer(bytearray(self._storages.read(storage)), dtype=getattr(torch, storage.dtype))
+            made |= {name: self._tensor(name, wanted[name], numbers) for name in names}
+        return {name: made[name] for name in wanted}
 
-    def _tensor(self, name: str, ref: TensorRef) -> Tensor:
-        data = bytearray(self._storages.read(ref.storage))
-        numbers = torch.frombuffer(data, dtype=getattr(torch, ref.storage.dtype))
+    def _tensor(self, name: str, ref: TensorRef, numbers: Tensor) -> Tensor:
         view = numbers.as_strided(ref.shape, ref.stride, ref.offset)
         tensor = view.to(torch.float32).clone(memory_format=torch.contiguous_format)
         if not bool(torch.isfinite(tensor).all()):
@@ -150,11 +156,12 @@ class _Archive:
 
     def _member(self, path: str) -> bytes:
         try:
-            data = self._zip.read(path)
+            with self._zip.open(path) as member:  # ZipFile.read unpacks 2 GiB before it looks at the size
+                data = member.read(self._sizes[path] + 1)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
             raise ForeignFileError(f"{self._name}: {path} is damaged ({error})") from error
         if len(data) != self._sizes[path]:
-            raise ForeignFileError(f"{self._name}: {path} has {len(data):,} bytes and declares {self._sizes[path]:,}")
+            raise ForeignFileError(f"{self._name}: {path} has other than the {self._sizes[path]:,} bytes it declares")
         return data
 
 
@@ -253,7 +260,7 @@ def _read_safetensors(file: BinaryIO, name: str) -> ForeignFile:
         value = {key: _described(key, each) for key, each in entries.items()}
         starts = {key: 8 + header_bytes + int(each["data_offsets"][0]) for key, each in entries.items()}
         ends = [8 + header_bytes + int(each["data_offsets"][1]) for each in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise ForeignFileError(f"{name} is no safetensors file: its header cannot be read ({error})") from error
     if sum(_num_bytes(ref.storage) for ref in value.values()) > num_bytes:
         raise ForeignFileError(f"{name} declares more than its {num_bytes:,} bytes: refused unread")
@@ -264,8 +271,10 @@ def _read_safetensors(file: BinaryIO, name: str) -> ForeignFile:
 
 
 def _described(key: str, entry: dict[str, Any]) -> TensorRef:
-    shape = tuple(int(size) for size in entry["shape"])
-    if any(size < 0 for size in shape) or len(shape) > 8:
-        raise ValueError(f"shape of {key!r}")
+    shape = tuple(entry["shape"])
+    if len(shape) > 8 or not all(map(is_count, (*shape, *entry["data_offsets"]))):
+        raise ValueError(f"the shape or the place of {key!r}")
+    if entry["dtype"] not in SAFETENSORS:
+        raise ValueError(f"{key!r} is of type {entry['dtype']!r}; known are {', '.join(SAFETENSORS)}")
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return TensorRef(StorageRef(key, SAFETENSORS[entry["dtype"]], math.prod(shape)), 0, shape, stride)

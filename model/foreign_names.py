@@ -36,11 +36,17 @@ MODULES = {
     "torch.nn.modules.upsampling Upsample",
     "torch.nn.modules.linear Identity",
 }
+MAX_MESSAGE = 1_000
 OPAQUE = {"torch device", "builtins set", "__builtin__ set", "functools partial"}  # beside the weights, and never asked
 
 
 class ForeignFileError(ModelError):
-    """A foreign file is not what can be imported; the message names the file and the first thing that is wrong."""
+    """A foreign file is not what can be imported; the message names the file and the first thing that is wrong. What
+    is quoted from the file may be of any length and steer a terminal: neither reaches the message."""
+
+    def __init__(self, message: str) -> None:
+        shown = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+        super().__init__("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in shown))
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class TensorRef:
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
     if not (isinstance(storage, StorageRef) and is_count(offset) and _are_counts(shape) and _are_counts(stride)):
         raise ValueError("a tensor is described by other things than a storage, an offset, a shape and strides")
+    if len(shape) != len(stride):
+        raise ValueError(f"a tensor has {len(shape)} sizes and {len(stride)} strides")
     return TensorRef(storage, offset, shape, stride)
 
 

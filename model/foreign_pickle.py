@@ -29,6 +29,8 @@ from model.foreign_names import (
 )
 
 INSTRUCTIONS = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+MAX_WORK = 1_000_000  # instructions, and items that they copy; a model of thousands of tensors takes a tenth
+OBJECT_WORK = 10
 MAX_INTEGER = 1 << 128  # torch's own magic number has 77 bits; a million digits would cost time wherever they are used
 
 
@@ -53,9 +55,17 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._work = 0
+
+    def _spend(self, work: int) -> None:
+        """What is memoised may be copied again and again: a small pickle could ask for any amount of it."""
+        self._work += work
+        if self._work > MAX_WORK:
+            raise self._refusal("asks for more work than any model's weights take")
 
     def run(self, stream: BinaryIO) -> Any:
         while code := stream.read(1):
+            self._spend(1)
             opcode = INSTRUCTIONS.get(code)
             if opcode is None:
                 raise ValueError(f"there is no pickle instruction {code!r}")
@@ -151,6 +161,7 @@ class _Machine:
         if called.text in OPAQUE:
             self._stack.append(Instance(called.text))
         elif called.text in FUNCTIONS:
+            self._spend(sum(len(each) for each in arguments if isinstance(each, list | tuple)))
             self._stack.append(FUNCTIONS[called.text](*arguments))
         else:
             raise self._refusal(f"calls {called.text.replace(' ', '.')!r}, which weights do not")
@@ -159,6 +170,7 @@ class _Machine:
         cls, arguments = self._last(2)
         if not isinstance(cls, Name) or cls.text not in MODULES or arguments != ():
             raise self._refusal("makes an object of a class that weights do not need")
+        self._spend(OBJECT_WORK)
         self._stack.append(Instance(cls.text))
 
     def build(self, _: Any) -> None:
@@ -167,6 +179,7 @@ class _Machine:
         if isinstance(target, Instance) and target.of in MODULES:
             if not isinstance(state, dict):
                 raise ValueError(f"the state of a {target.of} is a {type(state).__name__}")
+            self._spend(len(state))
             target.state.update((text_of(key), value) for key, value in state.items())
         elif not isinstance(target, Instance | dict):
             raise ValueError(f"it sets attributes of a {type(target).__name__}")
@@ -187,6 +200,7 @@ class _Machine:
                 raise self._refusal("refers to something outside of its pickle that is no storage")
 
 
+A_SET = Instance("builtins set")  # never asked, so one will do
 _VALUES = (
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
     "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
@@ -198,7 +212,7 @@ _MADE: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: Instance("builtins set"),
+    "EMPTY_SET": lambda: A_SET,
 }
 HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(_VALUES, _Machine.push),

@@ -27,6 +27,7 @@ MODULE_SIDES: dict[str, Side] = {"dall_e.encoder Encoder": "encoder", "dall_e.de
 PREFIXES = ("", "encoder.", "decoder.", "enc.", "dec.")
 FIRST, LAST = "blocks.input.w", "blocks.output.conv.w"
 MAX_HPARAM = 1 << 20  # codes, channels, pixels
+MAX_TEXT = 200
 MAX_BLOCKS = 64  # of a group; the published one has 2
 WRAPPERS = ("state_dict", "model")
 WHAT_IS_READ = (
@@ -101,7 +102,10 @@ def _halves(file: ForeignFile) -> Iterator[_Half]:
         yield _Half(MODULE_SIDES[value.of], file, "", state_dict(value, file.name), value)
         return
     if _is_dalle_pytorch(value):
-        yield from _split(file, _under_vae(file), "vae.")
+        under = _under_vae(file)
+        if not _is_state(under):
+            raise ForeignFileError(f"{file.name}: something among its weights is no tensor")
+        yield from _split(file, under, "vae.")
         return
     for wrapper in WRAPPERS:
         if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
@@ -192,7 +196,9 @@ def _check(half: _Half, expected: Mapping[str, tuple[int, ...]], config: DVAECon
                 f"{half.file.name}: {shown} has the shape {half.refs[name].shape}; {of} needs {wanted[name]}"
             )
     if half.module is not None:
-        check_layers(half.module, config.blocks_per_group, half.file.name)
+        with torch.device("meta"):
+            ours = getattr(DVAE(config), half.side)
+        check_layers(half.module, ours, config.blocks_per_group, half.file.name)
 
 
 def _is_state(value: dict[Any, Any]) -> bool:
@@ -249,5 +255,21 @@ def _check_hparams(file: ForeignFile, hparams: Any, num_tensors: int) -> None:
         most = num_tensors if name in ("num_layers", "num_resnet_blocks") else MAX_HPARAM
         if isinstance(value, int) and not 0 <= value <= most:
             raise ForeignFileError(f"{file.name}: its hparams say {name} {value}, which its weights cannot be of")
-        if not isinstance(value, int | float | str | tuple | list | None):
-            raise ForeignFileError(f"{file.name}: its hparams hold a {type(value).__name__} as {name}")
+        if not _is_plain(value) and not (name == "normalization" and _is_normalization(value)):
+            raise ForeignFileError(
+                f"{file.name}: its hparams hold a {type(value).__name__} as {name}, which no DiscreteVAE is made of"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    """What may be repeated in a message."""
+    return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= MAX_TEXT)
+
+
+def _is_normalization(value: Any) -> bool:
+    """Means and standard deviations of up to four channels."""
+    halves = value if isinstance(value, list | tuple) and len(value) == 2 else ()
+    return bool(halves) and all(
+        isinstance(half, list | tuple) and len(half) <= 4 and all(isinstance(each, int | float) for each in half)
+        for half in halves
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import pickle
 import struct
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +24,7 @@ from torch import nn
 from foreign_files import Calls, Conv2d, archive, encoder, pickled, rewritten, saved
 from model.foreign_file import ForeignFile, read_foreign
 from model.foreign_modules import modules_of, state_dict
-from model.foreign_names import ForeignFileError, Instance, TensorRef
+from model.foreign_names import ForeignFileError, Instance, StorageRef, TensorRef
 from model.foreign_pickle import read_pickle
 
 WEIGHTS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(2.5)}
@@ -181,6 +183,33 @@ def damaged(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+def understated() -> bytes:
+    """Declares four bytes, and unpacks to 30 MB."""
+    data = bytearray(archive(bytes(30_000_000), packed=True))
+    for signature, at in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        struct.pack_into("<I", data, data.find(signature) + at, 4)
+    return bytes(data)
+
+
+def copied_again_and_again() -> bytes:
+    """A long memoised tuple of pairs, made into a dict over and over."""
+    pairs = b"(" + b"K\x01K\x02\x86" * 60_000 + b"tq\x00"
+    return archive(b"\x80\x02ccollections\nOrderedDict\nq\x01" + pairs + b"h\x01h\x00\x85R" * 400 + b".")
+
+
+def long_names() -> bytes:
+    """Names of 200,000 letters, and modules under them."""
+    module = nn.Sequential()
+    for number in range(3):
+        module._modules["x" * 200_000 + str(number)] = nn.Sequential()
+    return saved(module)
+
+
+def safetensors_of(**entry: object) -> bytes:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
 MARKER = "dvae-import-was-here"
 TOUCH = Calls(os.system, f"touch {MARKER}")
 WEIGHTS_ZIP, WEIGHTS_FIRST = saved(WEIGHTS), saved(WEIGHTS, first_format=True)
@@ -213,6 +242,15 @@ CASES: dict[str, tuple[Callable[[], bytes], str]] = {
     "an archive of two": (of_two_data_pickles, "needs one data.pkl"),
     "some other archive": (lambda: archive(b"").replace(b"data.pkl", b"datapkl_"), "needs one data.pkl"),
     "TorchScript": (lambda: archive(pickled({}), {"code/__torch__.py": b"..."}), "is a TorchScript program"),
+    "a member that is more than it declares": (understated, r"data\.pkl (is damaged|has other than the 4 bytes)"),
+    "a small pickle for endless work": (copied_again_and_again, "asks for more work than any model's weights take"),
+    "a million empty sets": (lambda: archive(b"\x80\x04" + b"\x8f" * 1_000_000 + b"."), "asks for more work than"),
+    "names without end": (long_names, "are not in a dict of names"),
+    "more strides than sizes": (lambda: with_tensor(shape=(2,), stride=(1, 1)), "has 1 sizes and 2 strides"),
+    "a size that is no number": (lambda: safetensors_of(shape=[float("inf")]), "no safetensors file"),
+    "a size that is a text": (lambda: safetensors_of(shape="11"), "the shape or the place of 'a'"),
+    "a place beyond numbers": (lambda: safetensors_of(data_offsets=[0, 1e400]), "no safetensors file"),
+    "a type of which nobody knows": (lambda: safetensors_of(dtype="F8"), "'a' is of type 'F8'; known are F32, F16"),
     "a zip bomb": (bomb, r"declares 30,000,\d+ unpacked: a zip bomb, refused unread"),
     "members that overlap": (overlapping, "a zip bomb"),
     "a pickle of nine megabytes": (lambda: archive(bytes(9 << 20)), "more than 8,388,608 bytes: refused unread"),
@@ -312,6 +350,38 @@ def test_a_file_damaged_anywhere_is_read_or_refused_never_worse(data: bytes) -> 
         except (ForeignFileError, AssertionError):
             refused += 1
     assert refused > 100
+
+
+def test_what_steers_a_terminal_or_has_no_end_stays_out_of_messages() -> None:
+    said = str(ForeignFileError("\x1b[2Jx.pt\n" + "y" * 5_000_000))
+    assert said.isprintable() and len(said) < 1_100
+
+
+def test_a_member_is_not_unpacked_beyond_what_it_declares() -> None:
+    data = understated()
+    tracemalloc.start()
+    with pytest.raises(ForeignFileError):
+        opened(data)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 5_000_000
+
+
+def test_a_storage_is_read_once_however_many_tensors_lie_in_it() -> None:
+    class Counts:
+        num_reads = 0
+
+        def check(self, storage: StorageRef) -> None: ...
+
+        def read(self, storage: StorageRef) -> bytes:
+            self.num_reads += 1
+            return np.arange(8, dtype=np.float32).tobytes()
+
+    storages, flat = Counts(), StorageRef("0", "float32", 8)
+    refs = {"a": TensorRef(flat, 0, (2, 2), (2, 1)), "b": TensorRef(flat, 4, (4,), (1,))}
+    found = ForeignFile("x.pt", refs, storages).tensors(refs)
+    assert list(found) == ["a", "b"] and storages.num_reads == 1
+    assert found["a"].tolist() == [[0, 1], [2, 3]] and found["b"].tolist() == [4, 5, 6, 7]
 
 
 def test_the_tree_of_a_module_is_walked_once_and_in_order() -> None:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,37 @@ def attacked(**attributes: Any) -> nn.Module:
     return module
 
 
+def rebuilt(change: Callable[[Any], None]) -> nn.Module:
+    """An encoder with the tensors of OpenAI's, and other layers between them."""
+    module = encoder()
+    change(module.blocks)
+    return module
+
+
+def no_pooling(blocks: Any) -> None:
+    blocks.group_1.pool = nn.Identity()
+
+
+def backwards(blocks: Any) -> None:
+    blocks.group_1._modules = dict(reversed(blocks.group_1._modules.items()))
+
+
+def without_gain(blocks: Any) -> None:
+    del blocks.group_1.block_1.post_gain
+
+
+def one_more(blocks: Any) -> None:
+    blocks.output.extra = nn.ReLU()
+
+
+def one_less(blocks: Any) -> None:
+    blocks.group_3.block_1.res_path.relu_2 = nn.Identity()
+
+
+def padded_otherwise(blocks: Any) -> None:
+    blocks.input.__dict__["kw"] = 5
+
+
 E_STATE, D_STATE = ENCODER.state_dict(), DECODER.state_dict()
 CONV_1 = "blocks.group_1.block_1.res_path.conv_1.w"
 MISFITS: dict[str, tuple[list[Any], str]] = {  # what is in the files, and what is said of it
@@ -258,6 +289,14 @@ MISFITS: dict[str, tuple[list[Any], str]] = {  # what is in the files, and what 
     "halves of two models": (
         [E_STATE, decoder(vocab_size=16).state_dict()], "0.pt has 32 codes and 1.pt 16: they are not of one model"),
     "halves of two widths": ([E_STATE, decoder(n_hid=16).state_dict()], "; a decoder of width 8 needs (64, 8, 1, 1)"),
+    "no pooling": (
+        [rebuilt(no_pooling)],
+        "0.pt has blocks.group_1.pool, a Identity where dvae's layers, in their order, have blocks.group_1.pool, a M"),
+    "another order": ([rebuilt(backwards)], "0.pt has blocks.group_1.pool, a MaxPool2d where dvae's layers"),
+    "no gain": ([rebuilt(without_gain)], "0.pt: blocks.group_1.block_1.post_gain is 'NoneType'; dvae's layers have 0"),
+    "a layer too many": ([rebuilt(one_more)], "0.pt has blocks.output.extra, a ReLU where dvae's layers"),
+    "no activation": ([rebuilt(one_less)], "0.pt has blocks.group_3.block_1.res_path.relu_2, a Identity where"),
+    "another padding": ([rebuilt(padded_otherwise)], "0.pt: blocks.input.kw is 5; dvae's layers have 7 there"),
     "another gain": (
         [attacked(post_gain=0.5)], "0.pt: blocks.group_2.block_1.post_gain is 0.5; dvae's layers have 0.015625 there"),
     "another pooling": ([attacked(kernel_size=3)], "blocks.group_2.pool.kernel_size is 3; dvae's layers have 2 there"),

@@ -51,6 +51,21 @@ def read(value: Any, name: str = "my.pt") -> Pretrained:
     return read_pretrained([read_foreign(io.BytesIO(saved(value)), name)])
 
 
+def doubled() -> list[Any]:
+    """2^40 lists in a few hundred bytes."""
+    value: list[Any] = []
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def nested() -> tuple[Any, ...]:
+    value: tuple[Any, ...] = ()
+    for _ in range(500):
+        value = (value,)
+    return value
+
+
 def pixels(size: int) -> np.ndarray:
     random = np.random.default_rng(0)
     return random.integers(0, 256, (3, size // 4, size // 4, 3), dtype=np.uint8).repeat(4, axis=1).repeat(4, axis=2)
@@ -119,6 +134,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "fewer than none": (vae_pt(num_resnet_blocks=-1), "say num_resnet_blocks -1, which its weights cannot be of"),
     "a name for a number": (vae_pt(num_tokens="many"), "codebook_size 'many' must be a whole number"),
     "a tensor for a number": (vae_pt(num_tokens=torch.ones(1)), "its hparams hold a TensorRef as num_tokens"),
+    "a list that holds itself twice, and again": (vae_pt(num_tokens=doubled()), "hold a list as num_tokens, which no"),
+    "a tuple without an end": (vae_pt(channels=nested()), "hold a tuple as channels, which no DiscreteVAE is made of"),
+    "a text without an end": (vae_pt(num_tokens="x" * 5_000_000), "hold a str as num_tokens, which no DiscreteVAE"),
+    "OpenAI's in it, but for its tensors": (
+        dalle_pt(None, {"enc.blocks.input.w": 1}), "something among its weights is no tensor"),
     "a normalization that is none": (vae_pt(normalization=5), "my.pt: "),
     "hparams of something else": ({"hparams": [1], "weights": WEIGHTS}, "its hparams are no dict of names"),
     "weights that are none": ({"hparams": SMALL, "weights": {"a": 1}}, "something among its weights is no tensor"),
