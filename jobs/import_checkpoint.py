@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from jobs.checkpoints import RECORD, file_reader, find_checkpoint
 from jobs.foreign_source import SourceFile, SourceNotFound, open_source
-from jobs.model_card import CARD, CardFacts, model_card
+from jobs.model_card import CARD, facts_of, model_card
 from jobs.model_origin import ORIGINS
 from model.checkpoint import WEIGHTS, checkpoint_files, read_checkpoint
 from model.config import NO_DECODER, model_config
@@ -220,18 +220,7 @@ def _check_there(imported: Imported, dest: str) -> bool:
 def card_of(imported: Imported) -> bytes:
     if imported.card is not None:
         return imported.card
-    record = imported.record
-    return model_card(
-        CardFacts(
-            tokenizer_id=record["tokenizer_id"],
-            model=model_config(record["model"]),
-            image_spec=record["image_spec"],
-            step=record["step"],
-            training=record["extra"].get("training_config"),
-            extra=record["extra"],
-            has_decoder=imported.has_decoder,
-        )
-    )
+    return model_card(facts_of(imported.record))
 
 
 def _report(imported: Imported, dest: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.model_origin import Origin, origin_of, source_lines, stated_licence
@@ -73,17 +73,20 @@ def card_of_training(record: Mapping[str, Any], lines: Sequence[Mapping[str, Any
     source = "" if figures is None else (
         f"On {figures['num_images']:,} held-out images, by training's last evaluation (step {figures['step']:,})."
     )  # fmt: skip
-    return model_card(
-        CardFacts(
-            tokenizer_id=record["tokenizer_id"],
-            model=model_config(record["model"]),
-            image_spec=record["image_spec"],
-            step=record["step"],
-            training=record["extra"]["training_config"],
-            figures=figures,
-            source=source,
-            warnings=[finding["text"] for finding in standing(lines)],
-        )
+    warnings = [finding["text"] for finding in standing(lines)]
+    return model_card(replace(facts_of(record), figures=figures, source=source, warnings=warnings))
+
+
+def facts_of(record: Mapping[str, Any]) -> CardFacts:
+    """What a checkpoint.json says."""
+    return CardFacts(
+        tokenizer_id=record["tokenizer_id"],
+        model=model_config(record["model"]),
+        image_spec=record["image_spec"],
+        step=record["step"],
+        training=record["extra"].get("training_config"),
+        extra=record["extra"],
+        has_decoder=record.get("has_decoder", True),
     )
 
 

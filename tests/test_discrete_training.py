@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.api import load_tokenizer
 from jobs.checkpoints import read_head
@@ -32,6 +31,7 @@ from model.evaluation import Evaluator
 from model.trainer import Trainer
 from pipeline.shard_patterns import expand
 from pipeline.shards import read_samples
+from training_cost import kept_bytes_and_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,22 +75,15 @@ def test_activations_computed_again_give_the_same_bits(precision: str) -> None:
     assert figures == figures_again and same(plain, again)
 
 
+def _cost(made: Trainer) -> tuple[int, int]:
+    return kept_bytes_and_flops(lambda: made.train_step(PIXELS_BHWC, np.arange(4)))
+
+
 def test_activations_computed_again_are_not_kept() -> None:
     """Between the passes, but for what goes into encoder and decoder; paid for with another forward pass."""
 
-    def kept_bytes_and_flops(made: Trainer) -> tuple[int, int]:
-        kept: list[int] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept.append(tensor.nbytes)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), FlopCounterMode(display=False) as n:
-            made.train_step(PIXELS_BHWC, np.arange(4))
-        return sum(kept), int(n.get_total_flops())
-
-    kept, flops = kept_bytes_and_flops(trainer())
-    kept_again, flops_again = kept_bytes_and_flops(trainer(checkpoint_activations=True))
+    kept, flops = _cost(trainer())
+    kept_again, flops_again = _cost(trainer(checkpoint_activations=True))
     assert kept_again < 0.4 * kept
     assert 1.1 * flops < flops_again < 4 / 3 * flops
 

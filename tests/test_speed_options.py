@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.compiled import compile_convolutions
 from model.config import DVAEConfig, LossConfig, ModelError, OptimConfig, Ramp, ScheduleConfig
 from model.dvae import Conv2d, seeded_dvae
 from model.trainer import Trainer
+from training_cost import kept_bytes_and_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,22 +46,15 @@ def test_activations_computed_again_give_the_same_bits(head: str, precision: str
     assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def _cost(made: Trainer) -> tuple[int, int]:
+    return kept_bytes_and_flops(lambda: made.train_step(PIXELS_BHWC, np.arange(2)))
+
+
 def test_activations_computed_again_are_not_kept() -> None:
     """What autograd keeps, but for the inputs of the groups; paid for with another forward pass of the groups."""
 
-    def kept_bytes_and_flops(made: Trainer) -> tuple[int, int]:
-        kept: list[int] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept.append(tensor.nbytes)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), FlopCounterMode(display=False) as n:
-            made.train_step(PIXELS_BHWC, np.arange(2))
-        return sum(kept), int(n.get_total_flops())
-
-    kept, flops = kept_bytes_and_flops(trainer())
-    kept_again, flops_again = kept_bytes_and_flops(trainer(checkpoint_activations=True))
+    kept, flops = _cost(trainer())
+    kept_again, flops_again = _cost(trainer(checkpoint_activations=True))
     assert kept_again < 0.4 * kept
     assert 1.1 * flops < flops_again < 4 / 3 * flops
 

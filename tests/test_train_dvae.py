@@ -22,10 +22,10 @@ from jobs import train_dvae, train_health, train_worker
 from jobs.checkpoints import TokenizerSource, find_checkpoint
 from jobs.model_card import card_of_training
 from jobs.train_dvae import StepsPassed, run_training
-from jobs.train_limits import Diverged
+from jobs.train_limits import Diverged, TooLittleMemory
 from jobs.train_output import TrainOutput
 from jobs.train_progress import Status, TrainingFailed, Wish
-from jobs.train_ranks import Ranks
+from jobs.train_ranks import OutOfMemory, Ranks
 from jobs.train_worker import TrainJob, train
 from make_training import config, metric_lines, settings, weights, write_training_data
 from model.config import ModelError
@@ -382,6 +382,30 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning_and_never_all_of_the
         (kept / "checkpoint.json").write_text("{")
     with pytest.raises(ModelError, match=r"none of the 3 checkpoints .* remove them to begin anew"):
         run_training(config(folder, output=str(tmp_path)), "dvae train")
+
+
+def test_a_step_that_does_not_fit_into_the_gpu_ends_the_run_with_the_remedy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise OutOfMemory("CUDA out of memory. Tried to allocate 20 GiB\nand more")
+
+    monkeypatch.setattr("model.trainer.Trainer.train_step", too_large)
+    with pytest.raises(TooLittleMemory, match=r"lower micro_batch_size .*\(CUDA out of memory.* 20 GiB\)$") as refused:
+        run_training(config(folder, output=str(tmp_path)), "dvae train")
+    assert refused.value.exit_code == 1
+
+
+def test_a_model_is_published_without_the_card_that_could_not_be_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> bytes:
+        raise KeyError("psnr_hard")
+
+    monkeypatch.setattr(train_worker, "card_of_training", fails)
+    assert run_training(config(folder, output=str(tmp_path), steps=4), "dvae train") == 0
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["checkpoint.json", "model.safetensors"]
+    assert "no model card could be made" in caplog.text and "psnr_hard" in caplog.text
 
 
 def test_fewer_steps_than_are_done_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
