@@ -1,7 +1,7 @@
 """Stand-ins of OpenAI's pickled modules → their state dict; and whether their layers are those that we compute.
 
-Names and shapes do not say everything: a module with another gain or another pooling has the same state dict and
-other tokens. So the attributes that decide are compared as well.
+Names and shapes do not say everything: a module with another gain, another pooling or a layer more has the same state
+dict and other tokens. So the layers are held against ours in their order, and the attributes that decide as well.
 """
 
 from __future__ import annotations
