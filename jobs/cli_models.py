@@ -21,12 +21,16 @@ def import_weights(
     licence: Annotated[
         str | None, typer.Option("--license", help="what the model card says of the weights, in place of what is known")
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="pixels a side, not the source's: BEiT's tokens are OpenAI's at 112", min=8),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Other people's weights into a checkpoint; nothing in their files is run."""
     from jobs.import_checkpoint import run_import
 
-    return run_import(sources, dest, licence=licence, as_json=as_json)
+    return run_import(sources, dest, licence=licence, as_json=as_json, image_size=image_size)
 
 
 def export_weights(

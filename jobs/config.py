@@ -47,9 +47,11 @@ Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 
 @dataclass(frozen=True)
 class KindOf:
-    """Of a section that is of one of several kinds: which one, by its values. Raises ValueError where none is."""
+    """Of a section that is of one of several kinds: which one, by its values, the first of them `key`. `choose` raises
+    ValueError where it is none."""
 
     choose: Callable[[dict[str, Any]], Any]
+    key: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         return handler(Annotated[source, BeforeValidator(self._validated)])
@@ -175,11 +177,18 @@ def _meant(key: str, known: Sequence[str]) -> list[str]:
 
 def _known_keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a model and of the sections and dataclasses in it."""
+    yield from (prefix + key for key in _choosing_keys(kind))
     for name, annotation in _annotations(kind, values):
         yield prefix + name
         below = f"{prefix}{name}.{_ANY}." if get_origin(annotation) is dict else f"{prefix}{name}."
         for part in (annotation, *get_args(annotation)):
             yield from _known_keys(part, values.get(name) if isinstance(values, dict) else None, below)
+
+
+def _choosing_keys(kind: Any) -> Iterator[str]:
+    """Those by which a section is of one kind or another: not every kind has them as a field."""
+    for name, field in kind.model_fields.items() if isinstance(kind, type) and issubclass(kind, BaseModel) else ():
+        yield from (f"{name}.{each.key}" for each in field.metadata if isinstance(each, KindOf))
 
 
 def _annotations(kind: Any, values: Any) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ class SourceNotFound(PipelineError):
     """There is nothing to import at that URL."""
 
 
+class SourceChanged(PipelineError):
+    """The file was written to while it was read: its sha256 is not of what was read."""
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """`name` is the last part of its URL: a record goes to other machines, where paths say nothing."""
@@ -37,7 +42,7 @@ class SourceFile:
 @contextmanager
 def open_source(url: str) -> Iterator[SourceFile]:
     """The file on a local disk itself; a copy without a name of any other, gone at the end of the block. Raises
-    SourceNotFound, StorageError."""
+    SourceNotFound, StorageError, and at the end of the block SourceChanged."""
     url = storage.normalize(url)
     info = storage.stat(url)
     if info is None:
@@ -45,10 +50,18 @@ def open_source(url: str) -> Iterator[SourceFile]:
     with Path(url).open("rb") if storage.is_local(url) else tempfile.TemporaryFile() as file:
         if not storage.is_local(url):
             _copy(url, info.size_bytes, file)
+        before = _version(file)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes = file.tell()
         file.seek(0)
         yield SourceFile(storage.base_name(url), file, num_bytes, digest)
+        if _version(file) != before:
+            raise SourceChanged(f"{storage.public_url(url)} was written to while it was read: import it again")
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _copy(url: str, size_bytes: int, file: Any) -> None:

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,7 @@ from jobs.foreign_source import SourceFile, SourceNotFound, open_source
 from jobs.model_card import CARD, facts_of, model_card
 from jobs.model_origin import ORIGINS
 from model.checkpoint import WEIGHTS, checkpoint_files, read_checkpoint
-from model.config import NO_DECODER, model_config
+from model.config import NO_DECODER, ArchitectureConfig, ModelError, model_config
 from model.foreign_file import read_foreign
 from model.pretrained import WHAT_IS_READ, Pretrained, read_pretrained
 from pipeline import storage
@@ -30,6 +30,8 @@ from pipeline.image_spec import ImageSpec
 
 ENCODER, DECODER = "encoder.pkl", "decoder.pkl"  # as OpenAI names them, in a folder that is given as the source
 MAX_SOURCES = 2
+# As OpenAI's notebook, which is our default; as DALLE-pytorch's train_vae.py, as near as can be said here.
+IMAGE_SPECS = {"openai": ImageSpec(), "dalle_pytorch": ImageSpec(resample="bilinear", small="upscale")}
 
 
 class CannotImport(PipelineError):
@@ -57,11 +59,13 @@ class Imported:
         return bool(self.record.get("has_decoder", True))
 
 
-def run_import(sources: Sequence[str], dest: str, *, licence: str | None, as_json: bool) -> int:
-    """Raises SourceNotFound, CannotImport, CheckpointNotFound, StorageError, ModelError."""
+def run_import(
+    sources: Sequence[str], dest: str, *, licence: str | None, as_json: bool, image_size: int | None = None
+) -> int:
+    """Raises SourceNotFound, SourceChanged, CannotImport, CheckpointNotFound, StorageError, ModelError."""
     dest = storage.normalize(dest)
     _check_destination(sources, dest)
-    imported = import_sources(sources, licence)
+    imported = import_sources(sources, licence, image_size)
     _publish(imported, dest)
     report = _report(imported, dest)
     console = Console(soft_wrap=True, highlight=False)
@@ -73,18 +77,18 @@ def run_import(sources: Sequence[str], dest: str, *, licence: str | None, as_jso
     return 0
 
 
-def import_sources(sources: Sequence[str], licence: str | None = None) -> Imported:
-    """Reads all of it, writes nothing."""
+def import_sources(sources: Sequence[str], licence: str | None = None, image_size: int | None = None) -> Imported:
+    """Reads all of it, writes nothing. `image_size`: pixels a side, in place of the source's own."""
     if not 1 <= len(sources) <= MAX_SOURCES:
         raise CannotImport(f"{len(sources)} sources: give one file, or an encoder's and a decoder's")
     urls = [url for source in sources for url in _files_at(storage.normalize(source))]
     if not urls:
-        return _of_our_own(sources, licence)
+        return _of_our_own(sources, licence, image_size)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_source(url)) for url in urls]
         named = dict(zip(_names(opened), opened, strict=True))
         found = read_pretrained([read_foreign(each.file, name) for name, each in named.items()])
-    return _of_others(found, {name: each.to_json() for name, each in named.items()}, licence)
+    return _of_others(found, {name: each.to_json() for name, each in named.items()}, licence, image_size)
 
 
 def _files_at(url: str) -> list[str]:
@@ -108,12 +112,12 @@ def _names(opened: Sequence[SourceFile]) -> Iterator[str]:
         yield each.name if count[each.name] == 1 else f"{each.name} ({number})"
 
 
-def _of_others(found: Pretrained, sources: Mapping[str, Any], licence: str | None) -> Imported:
+def _of_others(found: Pretrained, sources: Mapping[str, Any], licence: str | None, image_size: int | None) -> Imported:
     source = {"kind": found.kind, "files": dict(sources), "stored_as": list(found.stored_as)}
     files = checkpoint_files(
         weights=found.weights,
         dvae_config=found.config,
-        image_spec=_image_spec(found).to_json(),
+        image_spec=_with_size(IMAGE_SPECS[found.kind], image_size or found.image_size, found.config),
         step=0,
         training_state=None,
         extra={"source": source | ({"license": licence} if licence else {})},
@@ -122,17 +126,17 @@ def _of_others(found: Pretrained, sources: Mapping[str, Any], licence: str | Non
     return Imported(found.kind, ORIGINS[found.kind].what, sources, found.stored_as, files)
 
 
-def _image_spec(found: Pretrained) -> ImageSpec:
-    """As OpenAI's notebook, which is our default; as DALLE-pytorch's train_vae.py, as near as can be said here."""
-    if found.image_size is None:
-        return ImageSpec()
+def _with_size(spec: ImageSpec, size: int | None, config: ArchitectureConfig) -> dict[str, Any]:
+    """Raises CannotImport where no such images can be made, or the model cannot take them."""
     try:
-        return ImageSpec(size=found.image_size, resample="bilinear", small="upscale")
-    except ValueError as error:
-        raise CannotImport(f"images of {found.image_size} pixels cannot be made here: {error}") from error
+        spec = spec if size is None else replace(spec, size=size)
+        config.grid(spec.size)
+    except (ValueError, ModelError) as error:
+        raise CannotImport(f"images of {size} pixels cannot be tokenised: {error}") from error
+    return spec.to_json()
 
 
-def _of_our_own(sources: Sequence[str], licence: str | None) -> Imported:
+def _of_our_own(sources: Sequence[str], licence: str | None, image_size: int | None) -> Imported:
     """A checkpoint of ours, without what a resume needs, in the form of this version."""
     if len(sources) > 1:
         raise CannotImport(f"{sources[0]} is a folder: a checkpoint of dvae is imported by itself")
@@ -145,14 +149,14 @@ def _of_our_own(sources: Sequence[str], licence: str | None) -> Imported:
     files = checkpoint_files(
         weights=checkpoint.weights,
         dvae_config=checkpoint.dvae_config,
-        image_spec=checkpoint.image_spec,
+        image_spec=_with_size(ImageSpec.from_json(checkpoint.image_spec), image_size, checkpoint.dvae_config),
         step=checkpoint.step,
         training_state=None,
         extra=checkpoint.extra | {"source": source | ({"license": licence} if licence else {})},
         has_decoder=checkpoint.has_decoder,
     )
     card = storage.join(url, CARD)
-    told = storage.read_bytes(card) if storage.exists(card) else None
+    told = storage.read_bytes(card) if image_size is None and storage.exists(card) else None  # figures of that size
     return Imported("dvae", "a checkpoint of dvae", digests, ("float32",), files, told)
 
 

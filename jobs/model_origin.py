@@ -53,8 +53,9 @@ ORIGINS = {
         limits=(
             "OpenAI's card: made for training generative models on its tokens; not for image processing that must keep "
             "fine detail, and not recommended as an image compressor.",
-            "Images whose shorter side is under 256 pixels are refused, as in OpenAI's notebook. The notebook takes "
-            "images as they are; here EXIF orientation is applied, and all become RGB, transparency over white.",
+            "Images whose shorter side is under the size they are brought to (256 pixels in OpenAI's notebook) are "
+            "refused, as there. The notebook takes images as they are; here EXIF orientation is applied, and all "
+            "become RGB, transparency over white.",
             "Tokens in fp32 are those of OpenAI's code on a CPU. On a GPU its code computes in fp16, where near-ties "
             "may fall to another code.",
         ),

@@ -127,7 +127,7 @@ class TrainConfig(Section):
     output: str
     """The URL under which everything is written; running again with the same one resumes."""
     data: DataConfig
-    model: Annotated[ModelConfig, KindOf(config_class)] = DVAEConfig()
+    model: Annotated[ModelConfig, KindOf(config_class, "architecture")] = DVAEConfig()
     """DALL·E's; with `architecture: dalle_pytorch` its DiscreteVAE, which has keys of its own."""
     image: ImageSpec = ImageSpec()
     loss: LossConfig = LossConfig()

@@ -25,7 +25,7 @@ DEFAULTS = {"image_size": 256, "num_tokens": 512, "codebook_dim": 512, "num_laye
             "hidden_dim": 64, "channels": 3}  # fmt: skip
 # What else its constructor takes: how it is trained, so no token hangs on it.
 OF_TRAINING = {"smooth_l1_loss", "temperature", "straight_through", "reinmax", "kl_div_loss_weight"}
-HPARAMS = "vae.pt's hparams"
+HPARAMS = "the hparams"
 
 
 class ResBlock(nn.Module):
@@ -143,14 +143,14 @@ def from_hparams(
     config, image_size = _config({**DEFAULTS, **hparams}, len(weights))
     expected = _expected(config)
     if lacking := [name for name in expected if name not in weights]:
-        raise ModelError(f"vae.pt lacks the tensor {lacking[0]!r}, which its hparams ask for")
+        raise ModelError(f"the tensor {lacking[0]!r} is missing, which the hparams ask for")
     if unknown := [name for name in weights if name not in expected]:
-        raise ModelError(f"vae.pt has the tensor {unknown[0]!r}, which its hparams do not ask for")
+        raise ModelError(f"the tensor {unknown[0]!r} is there, which the hparams do not ask for")
     for name, wanted in expected.items():
         found = weights[name]
         if found.shape != wanted.shape or not found.is_floating_point():
             raise ModelError(
-                f"vae.pt: {name!r} is {found.dtype} {tuple(found.shape)}; its hparams ask for {tuple(wanted.shape)}"
+                f"{name!r} is {found.dtype} {tuple(found.shape)}; the hparams ask for {tuple(wanted.shape)}"
             )
     return config, {name: weights[name].detach().float() for name in expected}, image_size
 

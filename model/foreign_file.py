@@ -34,6 +34,7 @@ SAFETENSORS = {
 }  # fmt: skip
 BIG_ENDIAN = "was written on a big-endian machine: save it again on a little-endian one"
 WEB_PAGE = "is a web page, not a file of weights: the download went wrong; fetch it again"
+NO_CRC = "or it was saved after torch.serialization.set_crc32_options(False): save it again without that"
 NOT_WEIGHTS = {  # how other things begin that are downloaded in place of weights
     **dict.fromkeys((b"<!", b"<h", b"<H", b"<?"), WEB_PAGE),  # more than "<", which begins a safetensors file too
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull`",
@@ -159,7 +160,8 @@ class _Archive:
             with self._zip.open(path) as member:  # ZipFile.read unpacks 2 GiB before it looks at the size
                 data = member.read(self._sizes[path] + 1)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-            raise ForeignFileError(f"{self._name}: {path} is damaged ({error})") from error
+            remedy = f"; {NO_CRC}" if "CRC" in str(error) else ""
+            raise ForeignFileError(f"{self._name}: {path} is damaged ({error}){remedy}") from error
         if len(data) != self._sizes[path]:
             raise ForeignFileError(f"{self._name}: {path} has other than the {self._sizes[path]:,} bytes it declares")
         return data

@@ -149,6 +149,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path, model: dict[str, Any]
 def test_keys_of_the_one_architecture_are_unknown_to_the_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.num_layers: unknown key(?!; did you mean model\.num_layers)"):
         check(TrainConfig, settings(tmp_path, model={"num_layers": 3}), "train.yaml")
+    with pytest.raises(ConfigError, match=r"model\.architectur: unknown key; did you mean model\.architecture\?"):
+        check(TrainConfig, settings(tmp_path, model={"architectur": "dalle_pytorch"}), "train.yaml")
 
 
 def test_settings_come_back_from_their_json(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import encodings.cp437  # noqa: F401 - zipfile imports it when it first reads a name: not the file's doing
 import io
 import json
 import os
@@ -271,7 +272,7 @@ CASES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a text longer than the file": (lambda: archive(b"\x80\x02X\xff\xff\xff\x7fabc."), "damaged or cut short"),
     "an archive cut short": (lambda: WEIGHTS_ZIP[:-30], "cut short or damaged: no zip archive ends it"),
     "an archive cut in half": (lambda: WEIGHTS_ZIP[: len(WEIGHTS_ZIP) // 2], "cut short or damaged"),
-    "an archive with one bit turned": (lambda: damaged(WEIGHTS_ZIP), r"data/0 is damaged \(Bad CRC"),
+    "an archive with one bit turned": (lambda: damaged(WEIGHTS_ZIP), r"data/0 is damaged \(Bad CRC.*set_crc32_options"),
     "an archive without a storage": (
         lambda: archive(zipfile.ZipFile(io.BytesIO(WEIGHTS_ZIP)).read("archive/data.pkl")), "lacks its member arc"),
     "a storage cut short": (lambda: rewritten(WEIGHTS_ZIP, {"data/0": bytes(44)}), "has 44 bytes; its tensor needs 48"),

@@ -20,7 +20,7 @@ from jobs.api import load_tokenizer
 from jobs.checkpoints import CheckpointNotFound, TokenizerSource, read_head
 from jobs.config import check
 from jobs.eval_checkpoint import EvalSettings, evaluate
-from jobs.foreign_source import SourceNotFound
+from jobs.foreign_source import SourceChanged, SourceNotFound, open_source
 from jobs.import_checkpoint import CannotImport, import_sources, run_import
 from jobs.show import load_matching_tokenizer
 from jobs.tokenize_config import TokenizeConfig
@@ -104,6 +104,31 @@ def test_a_licence_that_is_given_is_the_one_in_the_card(sources: Path, dest: Pat
     assert record_of(dest)["extra"]["source"]["license"] == "cc-by-4.0, by a colleague"
     imported(sources, dest)  # the same weights: what is said of them may change
     assert "license" not in record_of(dest)["extra"]["source"]
+
+
+def test_another_image_size_is_another_tokenizer(sources: Path, tmp_path: Path) -> None:
+    def imported_at(size: int | None, *places: object) -> dict[str, Any]:
+        *given, last = map(str, places)
+        assert run_import(given, last, licence=None, as_json=False, image_size=size) == 0
+        return record_of(Path(last))
+
+    usual, beit = imported_at(None, sources, tmp_path / "usual"), imported_at(112, sources, tmp_path / "beit")
+    assert beit["image_spec"] == usual["image_spec"] | {"size": 112} and beit["files"] == usual["files"]
+    assert load_tokenizer(str(tmp_path / "beit")).grid == (14, 14)
+    again = imported_at(112, tmp_path / "usual", tmp_path / "from ours")
+    assert again["tokenizer_id"] == beit["tokenizer_id"] != usual["tokenizer_id"]
+    with pytest.raises(CannotImport, match=r"images of 100 pixels cannot be tokenised: .*not a multiple"):
+        imported_at(100, sources, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("tail", [b"", b"more"])
+def test_a_source_that_is_written_to_while_it_is_read_is_refused(tmp_path: Path, tail: bytes) -> None:
+    place = tmp_path / "encoder.pkl"
+    place.write_bytes(b"weights")
+    os.utime(place, ns=(0, 0))
+    with pytest.raises(SourceChanged, match=r"encoder\.pkl was written to while it was read"), open_source(str(place)):
+        place.write_bytes(b"weights" + tail)
 
 
 def test_a_remote_source_is_copied_and_gives_the_same_files(sources: Path, tmp_path: Path) -> None:

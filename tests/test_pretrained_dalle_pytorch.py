@@ -124,8 +124,8 @@ def test_a_dalle_pt_trained_on_openais_dvae_gives_that() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "a tensor is missing": (
         vae_pt(weights={name: each for name, each in WEIGHTS.items() if name != "encoder.1.0.bias"}),
-        "lacks the tensor 'encoder.1.0.bias'"),
-    "a tensor too many": (vae_pt(weights=WEIGHTS | {"encoder.9.w": torch.ones(1)}), "has the tensor 'encoder.9.w'"),
+        "the tensor 'encoder.1.0.bias' is missing"),
+    "a tensor too many": (vae_pt(weights=WEIGHTS | {"encoder.9.w": torch.ones(1)}), "tensor 'encoder.9.w' is there"),
     "another shape": (vae_pt(hidden_dim=8), "'encoder.0.0.weight' is torch.float32 (12, 3, 4, 4)"),
     "whole numbers": (vae_pt(weights=WEIGHTS | {"codebook.weight": torch.ones(40, 20).int()}), "is int32; weights are"),
     "too many layers": (vae_pt(num_layers=10**9), "say num_layers 1000000000, which its weights cannot be of"),
@@ -171,5 +171,5 @@ def test_an_attack_among_the_hparams_is_refused() -> None:
 
 def test_an_image_size_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vae.pt").write_bytes(saved(vae_pt(image_size=8192)))
-    with pytest.raises(CannotImport, match="images of 8192 pixels cannot be made here: size 8192 is not between"):
+    with pytest.raises(CannotImport, match="images of 8192 pixels cannot be tokenised: size 8192 is not between"):
         run_import([str(tmp_path / "vae.pt")], str(tmp_path / "out"), licence=None, as_json=False)
