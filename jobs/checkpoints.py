@@ -50,6 +50,11 @@ def find_checkpoint(url: str) -> str:
     url = storage.normalize(url)
     if storage.exists(storage.join(url, RECORD)):
         return url
+    if storage.stat(url) is not None:
+        raise CheckpointNotFound(
+            f"{storage.public_url(url)} is a file, and a checkpoint is a folder: if these are weights from elsewhere, "
+            f"`dvae import {storage.public_url(url)} FOLDER` makes a checkpoint of them"
+        )
     files = storage.list_files(storage.join(url, "checkpoints"))
     records = [info.url for info in files if storage.base_name(info.url) == RECORD]
     newest = max(records).rpartition("/")[0] if records else None

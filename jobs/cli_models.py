@@ -44,10 +44,12 @@ def export_weights(
     as_json: AsJson = False,
 ) -> int:
     """Write a checkpoint as ONNX files for other runtimes (pixels -> tokens, tokens -> pixels), or as a vae.pt."""
-    if dest.endswith(".pt"):
+    if dest.lower().endswith((".pt", ".pth")):
         from jobs.export_vae import run_export_vae
 
         return run_export_vae(checkpoint, dest, as_json=as_json)
+    if dest.lower().endswith(".onnx"):
+        raise typer.BadParameter(f"{dest}: name a folder for encoder.onnx and decoder.onnx", param_hint="DEST")
     from jobs.export_onnx import run_export_onnx
 
     return run_export_onnx(checkpoint, dest, as_json=as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,12 +12,14 @@ from collections.abc import Collection
 
 from pipeline.urls import public_text
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all controls but tab and line feed
+
 
 class PublicFormatter(logging.Formatter):
     """URLs without credentials and query strings, whoever logs them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return public_text(super().format(record))
+        return printable(public_text(super().format(record)))
 
 
 def set_up_log() -> None:
@@ -38,8 +41,13 @@ def _log_level() -> str:
 
 
 def say(text: str) -> None:
-    """Whatever the message quotes, no secret of a URL is in it."""
-    sys.stderr.write(public_text(text) + "\n")
+    """Whatever the message quotes, no secret of a URL is in it, and nothing that steers a terminal."""
+    sys.stderr.write(printable(public_text(text)) + "\n")
+
+
+def printable(text: str) -> str:
+    """Messages quote keys, names and records of strangers."""
+    return _STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def typed_command(without: Collection[str] = ()) -> str:

@@ -42,12 +42,15 @@ class OnnxParity:
 
 
 def run_export_onnx(checkpoint: str, folder: str, *, as_json: bool) -> int:
-    """Raises CheckpointNotFound, ModelError, StorageError. 1: the files do not compute what the checkpoint does."""
+    """Raises CheckpointNotFound, ModelError, StorageError. 1: they would not compute what the checkpoint does, and
+    nothing was written."""
     found = read_checkpoint(file_reader(find_checkpoint(checkpoint)))
     files = onnx_files(found)
     parity = parity_of(found, files) if importlib.util.find_spec("onnxruntime") else None
     written = [storage.join(storage.normalize(folder), name) for name in files]
-    for url, data in zip(written, files.values(), strict=True):
+    if parity is not None and not parity.holds:
+        written = []  # nobody shall serve those
+    for url, data in zip(written, files.values(), strict=False):
         storage.publish(url, data)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
@@ -106,7 +109,5 @@ def _print(written: list[str], parity: OnnxParity | None, console: Console) -> N
     pixels = "there is no decoder"
     if parity.largest_difference is not None:
         pixels = f"decoded pixels are within {parity.largest_difference} of 255"
-    console.print(
-        f"{'[green]the same[/]' if parity.holds else '[red]not the same[/]'}: {same:,} of {parity.num_tokens:,} tokens "
-        f"are those of fp32{ties}; {pixels}"
-    )
+    verdict = "[green]the same[/]" if parity.holds else "[red]not the same, so nothing was written[/]"
+    console.print(f"{verdict}: {same:,} of {parity.num_tokens:,} tokens are those of fp32{ties}; {pixels}")

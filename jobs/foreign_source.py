@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.urls import is_web
 
 CHUNK_BYTES = 32 << 20
+MAX_UNKNOWN_BYTES = 16 << 30  # of a web server that does not say how much it will send
 
 
 class SourceNotFound(PipelineError):
@@ -67,7 +68,7 @@ def _version(file: BinaryIO) -> tuple[int, int]:
 def _copy(url: str, size_bytes: int, file: Any) -> None:
     """In ranges, each asked for again where it is cut short; a web server may know no ranges."""
     if is_web(url):
-        file.write(storage.read_bytes(url))
+        storage.copy_stream(url, file, size_bytes or MAX_UNKNOWN_BYTES)
     else:
         for start in range(0, size_bytes, CHUNK_BYTES):
             file.write(storage.read_range(url, start, min(CHUNK_BYTES, size_bytes - start)))

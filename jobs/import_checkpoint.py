@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -19,9 +19,9 @@ from rich.markup import escape
 from jobs.checkpoints import RECORD, file_reader, find_checkpoint
 from jobs.foreign_source import SourceFile, SourceNotFound, open_source
 from jobs.model_card import CARD, facts_of, model_card
-from jobs.model_origin import ORIGINS
+from jobs.model_origin import ORIGINS, source_of
 from model.checkpoint import WEIGHTS, checkpoint_files, read_checkpoint
-from model.config import NO_DECODER, ArchitectureConfig, ModelError, model_config
+from model.config import NO_DECODER, ArchitectureConfig, model_config
 from model.foreign_file import read_foreign
 from model.pretrained import WHAT_IS_READ, Pretrained, read_pretrained
 from pipeline import storage
@@ -114,10 +114,11 @@ def _names(opened: Sequence[SourceFile]) -> Iterator[str]:
 
 def _of_others(found: Pretrained, sources: Mapping[str, Any], licence: str | None, image_size: int | None) -> Imported:
     source = {"kind": found.kind, "files": dict(sources), "stored_as": list(found.stored_as)}
+    spec = IMAGE_SPECS[found.kind].to_json()
     files = checkpoint_files(
         weights=found.weights,
         dvae_config=found.config,
-        image_spec=_with_size(IMAGE_SPECS[found.kind], image_size or found.image_size, found.config),
+        image_spec=_with_size(spec, image_size or found.image_size, found.config),
         step=0,
         training_state=None,
         extra={"source": source | ({"license": licence} if licence else {})},
@@ -126,13 +127,14 @@ def _of_others(found: Pretrained, sources: Mapping[str, Any], licence: str | Non
     return Imported(found.kind, ORIGINS[found.kind].what, sources, found.stored_as, files)
 
 
-def _with_size(spec: ImageSpec, size: int | None, config: ArchitectureConfig) -> dict[str, Any]:
-    """Raises CannotImport where no such images can be made, or the model cannot take them."""
+def _with_size(image_spec: dict[str, Any], size: int | None, config: ArchitectureConfig) -> dict[str, Any]:
+    """Raises CannotImport where no such images can be made here, or the model cannot take them."""
+    given = image_spec if size is None else image_spec | {"size": size}
     try:
-        spec = spec if size is None else replace(spec, size=size)
+        spec = ImageSpec.from_json(given)
         config.grid(spec.size)
-    except (ValueError, ModelError) as error:
-        raise CannotImport(f"images of {size} pixels cannot be tokenised: {error}") from error
+    except ValueError as error:
+        raise CannotImport(f"images of {given.get('size')} pixels cannot be tokenised: {error}") from error
     return spec.to_json()
 
 
@@ -143,13 +145,13 @@ def _of_our_own(sources: Sequence[str], licence: str | None, image_size: int | N
     url = find_checkpoint(sources[0])
     digests: dict[str, dict[str, Any]] = {}
     checkpoint = read_checkpoint(_noting(url, digests))
-    before = checkpoint.extra.get("source")
-    source = {"kind": "dvae", "files": digests} | ({"before": before} if before else {})
-    licence = licence or (before or {}).get("license")
+    before = source_of(checkpoint.extra)
+    source = {"kind": "dvae", "files": digests} | ({"before": dict(before)} if before else {})
+    licence = licence or before.get("license")
     files = checkpoint_files(
         weights=checkpoint.weights,
         dvae_config=checkpoint.dvae_config,
-        image_spec=_with_size(ImageSpec.from_json(checkpoint.image_spec), image_size, checkpoint.dvae_config),
+        image_spec=_with_size(checkpoint.image_spec, image_size, checkpoint.dvae_config),
         step=checkpoint.step,
         training_state=None,
         extra=checkpoint.extra | {"source": source | ({"license": licence} if licence else {})},

@@ -84,22 +84,30 @@ ORIGINS = {
 
 def origin_of(extra: Mapping[str, Any]) -> Origin | None:
     """Of a checkpoint's `extra`; None where it was not imported from elsewhere."""
-    source = extra.get("source")
-    while isinstance(source, Mapping):
+    source = source_of(extra)
+    while source:
         if source.get("kind") in ORIGINS:
             return ORIGINS[source["kind"]]
-        source = source.get("before")
+        source = _mapping(source.get("before"))
     return None
+
+
+def source_of(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an import recorded; empty where the checkpoint was trained here."""
+    return _mapping(extra.get("source"))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A record may come from a stranger."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def stated_licence(extra: Mapping[str, Any]) -> str | None:
     """What the importer said of it, or whoever trained it."""
-    source = extra.get("source") or {}
-    training = extra.get("training_config") or {}
-    return source.get("license") or training.get("license") or None
+    return source_of(extra).get("license") or _mapping(extra.get("training_config")).get("license") or None
 
 
 def source_lines(extra: Mapping[str, Any]) -> list[str]:
     """The files that a checkpoint was made of, with their sha256."""
-    files = (extra.get("source") or {}).get("files", {})
+    files = _mapping(source_of(extra).get("files"))
     return [f"`{name}`, {each['bytes']:,} bytes, sha256 `{each['sha256']}`" for name, each in files.items()]

@@ -128,6 +128,9 @@ def _read_record(read: Callable[[str], bytes]) -> dict[str, Any]:
     for name, kind in RECORD_FIELDS.items():
         if not isinstance(record.get(name), kind):
             raise CheckpointError(f"{RECORD} has {name} {record.get(name)!r}; it must be a {kind.__name__}")
+    for name, each in record["files"].items():
+        if not isinstance(each, dict) or not {"bytes", "sha256"} <= each.keys():
+            raise CheckpointError(f"{RECORD} does not say how many bytes {name} has, and their sha256")
     return record
 
 
@@ -166,8 +169,7 @@ def _is_decoders(name: str) -> bool:
 
 def _check_tensors(weights: dict[str, Tensor], config: ArchitectureConfig, has_decoder: bool) -> None:
     """The weights are exactly this architecture's: names, shapes and fp32."""
-    with torch.device("meta"):
-        expected = build(config).state_dict()
+    expected = _expected(config)
     if not has_decoder:
         expected = {name: each for name, each in expected.items() if not _is_decoders(name)}
     for name in sorted(expected.keys() | weights.keys()):
@@ -181,6 +183,15 @@ def _check_tensors(weights: dict[str, Tensor], config: ArchitectureConfig, has_d
                 f"{WEIGHTS}: {name!r} is {found.dtype} {tuple(found.shape)}; "
                 f"this architecture needs {wanted.dtype} {tuple(wanted.shape)}"
             )
+
+
+def _expected(config: ArchitectureConfig) -> dict[str, Tensor]:
+    """Without memory behind them."""
+    try:
+        with torch.device("meta"):
+            return build(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{RECORD} describes a model that no memory could hold: {config}") from error
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,12 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ModelError(f"{name} {value!r} must be a whole number of at least {least}")
 
 
+def between(name: str, value: int, least: int, most: int) -> None:
+    at_least(name, value, least)
+    if value > most:
+        raise ModelError(f"{name} {value!r} must be at most {most:,}")
+
+
 def above(name: str, value: float, bound: float) -> None:
     if not (math.isfinite(value) and value > bound):
         raise ModelError(f"{name} {value!r} must be a finite number above {bound}")

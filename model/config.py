@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from model.checks import ModelError as ModelError  # where all others look for it
-from model.checks import above, at_least, not_negative, one_of, share
+from model.checks import above, at_least, between, not_negative, one_of, share
 
+MAX_BLOCKS = 256  # a config may come from a stranger, and layers are built before they are compared
+MAX_LAYERS = 16  # each halves the picture
 Likelihood = Literal["logit_laplace", "l2", "l1"]
 
 NO_DECODER = (
@@ -90,7 +92,7 @@ class DVAEConfig(ArchitectureConfig):
         at_least("width", self.width, 4)
         if self.width % 4:
             raise ModelError(f"width {self.width} is not a multiple of 4 (a block is a quarter as wide inside)")
-        at_least("blocks_per_group", self.blocks_per_group, 1)
+        between("blocks_per_group", self.blocks_per_group, 1, MAX_BLOCKS)
         at_least("decoder_init", self.decoder_init, 1)
         one_of("head", self.head, ("conv", "inner_product"))
         at_least("code_dim", self.code_dim, 1)
@@ -146,8 +148,8 @@ class DiscreteVAEConfig(ArchitectureConfig):
     def __post_init__(self) -> None:
         one_of("architecture", self.architecture, ("dalle_pytorch",))
         at_least("codebook_size", self.codebook_size, 2)
-        at_least("num_layers", self.num_layers, 1)
-        at_least("num_resnet_blocks", self.num_resnet_blocks, 0)
+        between("num_layers", self.num_layers, 1, MAX_LAYERS)
+        between("num_resnet_blocks", self.num_resnet_blocks, 0, MAX_BLOCKS)
         at_least("hidden_dim", self.hidden_dim, 1)
         at_least("codebook_dim", self.codebook_dim, 1)
         object.__setattr__(self, "normalization", _normalization(self.normalization))

@@ -17,7 +17,7 @@ from model.dvae import Block, Conv2d
 from model.foreign_names import MODULES, ForeignFileError, Instance, TensorRef
 
 MAX_NAME = 100
-MAX_MODULES, MAX_DEPTH = 10_000, 16  # the published encoder has 99, 5 deep
+MAX_ITEMS, MAX_DEPTH = 20_000, 16  # modules, parameters and buffers; the published encoder has 200 or so, 5 deep
 GROUPS = 4
 BLOCK_OF = {
     "dall_e.encoder Encoder": "dall_e.encoder EncoderBlock",
@@ -30,6 +30,13 @@ LAYERS: dict[str, dict[str, Any]] = {  # what such a layer must be
     "torch.nn.modules.upsampling Upsample": {"scale_factor": 2.0, "mode": "nearest", "size": None},
 }  # fmt: skip
 CONV = "dall_e.utils Conv2d"
+KINDS = ("_modules", "_parameters", "_buffers")
+CALLED = (
+    "forward",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_compiled_call_impl",
+)  # what else decides what is computed
 _THEIRS: dict[type, str] = {  # our layers' classes → theirs; an encoder or decoder itself is the root
     Conv2d: CONV,
     nn.ReLU: "torch.nn.modules.activation ReLU",
@@ -42,15 +49,16 @@ _THEIRS: dict[type, str] = {  # our layers' classes → theirs; an encoder or de
 
 
 def modules_of(root: Instance, file_name: str) -> Iterator[tuple[str, Instance]]:
-    """(path, module) of all, the root first with an empty path. Raises ForeignFileError where they have no end."""
+    """(path, module) of all, the root first with an empty path. Raises ForeignFileError where they have no end: a file
+    may hold one dict and name it as that of many modules."""
     waiting, count = [("", root)], 0
     while waiting:
         path, module = waiting.pop()
-        if count > MAX_MODULES or path.count(".") >= MAX_DEPTH:
+        count += sum(len(value) for kind in KINDS if isinstance(value := module.state.get(kind), dict))
+        if count > MAX_ITEMS or path.count(".") >= MAX_DEPTH:
             raise ForeignFileError(f"{file_name} holds more modules than any model, or one within itself: refused")
         yield path, module
         for name, child in reversed(_dict(module, "_modules", path, file_name).items()):
-            count += 1
             if not isinstance(child, Instance) or child.of not in MODULES:
                 raise ForeignFileError(f"{file_name}: {path}.{name} is no module but a {type(child).__name__}")
             waiting.append((f"{path}.{name}".lstrip("."), child))
@@ -60,7 +68,7 @@ def state_dict(root: Instance, file_name: str) -> dict[str, TensorRef]:
     """Parameters and buffers by dotted name, as the module's own state_dict would name them."""
     found: dict[str, TensorRef] = {}
     for path, module in modules_of(root, file_name):
-        for kind in ("_parameters", "_buffers"):
+        for kind in KINDS[1:]:
             for name, tensor in _dict(module, kind, path, file_name).items():
                 if isinstance(tensor, TensorRef):
                     found[f"{path}.{name}".lstrip(".")] = tensor
@@ -89,6 +97,7 @@ def _layer(layer: tuple[str, str] | None) -> str:
 
 def _check_attributes(root: Instance, gain: float, file_name: str) -> None:
     for path, module in modules_of(root, file_name):
+        _check_plain(module, path, file_name)
         wanted = {"post_gain": gain} if module.of in BLOCK_OF.values() else LAYERS.get(module.of, {})
         weight = module.state.get("_parameters", {}).get("w") if module.of == CONV else None
         if isinstance(weight, TensorRef):
@@ -98,6 +107,14 @@ def _check_attributes(root: Instance, gain: float, file_name: str) -> None:
             if type(found) not in (type(value), int, float, str) or found != value:
                 shown = found if isinstance(found, int | float | str) else type(found).__name__
                 raise ForeignFileError(f"{file_name}: {path}.{name} is {shown!r}; dvae's layers have {value!r} there")
+
+
+def _check_plain(module: Instance, path: str, file_name: str) -> None:
+    """An attribute of a parameter's or a layer's name would be taken in its place."""
+    names = [name for kind in KINDS for name in module.state.get(kind, {})]
+    for name in (*names, *CALLED):
+        if module.state.get(name) not in (None, {}):
+            raise ForeignFileError(f"{file_name}: {path}.{name} is set on the object itself, so it computes otherwise")
 
 
 def _dict(module: Instance, name: str, path: str, file_name: str) -> dict[str, Any]:

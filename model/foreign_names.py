@@ -83,21 +83,29 @@ class TensorRef:
     stride: tuple[int, ...]
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> TensorRef:
+    """As torch's _rebuild_tensor_v2 is called. `metadata` says that the numbers are another's, negated or conjugated.
+    Raises ValueError."""
     if not (isinstance(storage, StorageRef) and is_count(offset) and _are_counts(shape) and _are_counts(stride)):
         raise ValueError("a tensor is described by other things than a storage, an offset, a shape and strides")
     if len(shape) != len(stride):
         raise ValueError(f"a tensor has {len(shape)} sizes and {len(stride)} strides")
+    if metadata:
+        raise ValueError("a tensor is a negated or conjugated view of its numbers: save its .resolve_neg()")
     return TensorRef(storage, offset, shape, stride)
 
 
-def _rebuild_parameter(tensor: Any, *_: Any) -> TensorRef:
+def _rebuild_parameter(tensor: Any, requires_grad: Any, hooks: Any) -> TensorRef:
+    """As torch's own is called. Raises ValueError."""
     if not isinstance(tensor, TensorRef):
         raise ValueError("a parameter is made of something that is no tensor")
     return tensor
 
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    """A dict keeps its order. Raises ValueError, TypeError."""
     return {key_of(key): value for key, value in pairs}
 
 

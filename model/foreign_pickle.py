@@ -31,6 +31,7 @@ from model.foreign_names import (
 INSTRUCTIONS = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 MAX_WORK = 1_000_000  # instructions, and items that they copy; a model of thousands of tensors takes a tenth
 OBJECT_WORK = 10
+MAX_KEY = 100  # of a storage; torch's are numbers
 MAX_INTEGER = 1 << 128  # torch's own magic number has 77 bits; a million digits would cost time wherever they are used
 
 
@@ -189,7 +190,7 @@ class _Machine:
         match self._stack.pop():
             case ("storage", Name(kind), str(key), str(), int(numel)) | (
                 "storage", Name(kind), str(key), str(), int(numel), None
-            ) if kind in STORAGES and is_count(numel):  # fmt: skip
+            ) if kind in STORAGES and is_count(numel) and len(key) <= MAX_KEY:  # fmt: skip
                 storage = StorageRef(key, STORAGES[kind], numel)
                 if self._storages.setdefault(key, storage) != storage:
                     raise ValueError(f"storage {key!r} is described in two ways")

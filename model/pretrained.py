@@ -236,7 +236,7 @@ def _dalle_pytorch(file: ForeignFile) -> Pretrained:
         raise ForeignFileError(f"{file.name}: the image tokenizer in it is no DiscreteVAE{of}, which is not read here")
     if not _is_state(refs):
         raise ForeignFileError(f"{file.name}: something among its weights is no tensor")
-    _check_hparams(file, hparams, len(refs))
+    _check_hparams(file, hparams)
     try:
         config, weights, image_size = from_hparams(hparams, file.tensors(refs))
     except ForeignFileError:
@@ -247,13 +247,12 @@ def _dalle_pytorch(file: ForeignFile) -> Pretrained:
     return Pretrained("dalle_pytorch", config, weights, image_size, True, stored_as)
 
 
-def _check_hparams(file: ForeignFile, hparams: Any, num_tensors: int) -> None:
+def _check_hparams(file: ForeignFile, hparams: Any) -> None:
     """Their architecture is built before it is compared: its numbers must be of a size that the file could hold."""
     if not isinstance(hparams, dict) or not all(isinstance(name, str) for name in hparams):
         raise ForeignFileError(f"{file.name}: its hparams are no dict of names")
     for name, value in hparams.items():
-        most = num_tensors if name in ("num_layers", "num_resnet_blocks") else MAX_HPARAM
-        if isinstance(value, int) and not 0 <= value <= most:
+        if isinstance(value, int) and not 0 <= value <= MAX_HPARAM:
             raise ForeignFileError(f"{file.name}: its hparams say {name} {value}, which its weights cannot be of")
         if not _is_plain(value) and not (name == "normalization" and _is_normalization(value)):
             raise ForeignFileError(

@@ -11,6 +11,10 @@ class PipelineError(Exception):
     exit_code = 2
 
 
+class BadUrl(PipelineError):
+    """A URL would be taken as the name of a local file that nobody means."""
+
+
 class StorageError(PipelineError):
     """A URL cannot be read or written."""
 

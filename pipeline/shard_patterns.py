@@ -53,7 +53,7 @@ def _look_up(urls: list[str]) -> list[ObjectInfo]:
     infos: list[ObjectInfo] = []
     listings: dict[str, dict[str, ObjectInfo]] = {}
     for url in urls:
-        folder = url.rpartition("/")[0]
+        folder = url.rpartition("/")[0] or "/"
         if folder not in listings:
             listings[folder] = _list_folder(folder)
         if url in listings[folder]:

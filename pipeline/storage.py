@@ -98,6 +98,22 @@ def open_stream(url: str) -> BinaryIO:
     return request("open", url, lambda: cast(BinaryIO, fs.open(path, "rb", block_size=0, headers=AS_IT_IS)))
 
 
+def copy_stream(url: str, file: BinaryIO, most_bytes: int) -> None:
+    """All of a web address into `file`, by one request, and again from the start where it breaks. Raises
+    FileNotFoundError, and StorageError also where more than `most_bytes` come."""
+
+    def copy() -> None:
+        file.seek(0)
+        file.truncate()
+        with open_stream(url) as stream:
+            while data := stream.read(READ_BLOCK_BYTES):
+                if file.tell() + len(data) > most_bytes:
+                    raise StorageError(f"{public_url(url)} sends more than {most_bytes:,} bytes")
+                file.write(data)
+
+    request("read", url, copy)
+
+
 def exists(url: str) -> bool:
     fs, path = filesystem(url)
     fs.invalidate_cache()

@@ -19,12 +19,19 @@ _SIGNATURE = re.compile(
     r"|[a-z_-]*(?:signature|credential|secret|password|_token|access_?key))=[^\s'\"<>&,;]+",
     re.IGNORECASE,
 )
+_ONE_SLASH = re.compile("(s3a?|gs|gcs|az|abfss?|https?|file|memory):/(?!/)")
 _ALIASES = {"s3a": "s3", "gcs": "gs"}
 
 
 def normalize(url: str) -> str:
     """The one spelling of a URL: local paths absolute and without `file://`, one name for a scheme, no trailing
-    slash."""
+    slash. Raises BadUrl where it is another thing than was meant."""
+    from pipeline.errors import BadUrl  # errors.py imports this module
+
+    if not url.strip():
+        raise BadUrl("an empty URL names nothing: is a variable of the shell not set?")
+    if _ONE_SLASH.match(url):
+        raise BadUrl(f"{public_url(url)} has one slash after its scheme: write {url.replace(':/', '://', 1)}")
     if url.startswith("file://"):
         url = url.removeprefix("file://")
         url = url.removeprefix("localhost") if url.startswith("localhost/") else url

@@ -118,6 +118,11 @@ def _rewritten(given: dict[str, bytes], **changes: Any) -> dict[str, bytes]:
         ({"model": CONFIG.to_json() | {"blocks_per_group": 2}}, "lacks the tensor"),
         ({"image_spec": SPEC | {"size": 128}}, "tokenizer_id"),
         ({"files": None}, "files"),
+        ({"files": {"model.safetensors": None}}, "does not say how many bytes model.safetensors has"),
+        ({"model": CONFIG.to_json() | {"blocks_per_group": 10**9}}, "blocks_per_group 1000000000 must be at most 256"),
+        ({"model": CONFIG.to_json() | {"width": 1 << 40}}, "a model that no memory could hold"),
+        ({"model": CONFIG.to_json() | {"width": 1 << 400}}, "a model that no memory could hold"),
+        ({"model": {"architecture": "dalle_pytorch", "num_layers": 10**8}}, "num_layers 100000000 must be at most 16"),
         ({"tokenizer_id": "0" * 32}, "tokenizer_id 0000"),
     ],
 )

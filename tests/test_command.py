@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import PublicFormatter
+from jobs.command_line import PublicFormatter, say
 from jobs.command_line import typed_command as _command
+
+
+def test_what_is_quoted_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("dvae: tokenizer \x1b[2J\x9b\u202e of\n\tyours")
+    assert capsys.readouterr().err == "dvae: tokenizer \N{REPLACEMENT CHARACTER}[2J\ufffd\ufffd of\n\tyours\n"
+    record = logging.LogRecord("jobs", logging.INFO, "", 0, "key \x1b]0;x\x07", None, None)
+    assert PublicFormatter("%(message)s").format(record) == "key \ufffd]0;x\ufffd"
 
 
 def test_a_log_level_that_is_none_is_said() -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import plain_discrete_vae as plain
+from jobs.export_vae import FileIsThere, run_export_vae
 from model import losses, quantizer
 from model.checkpoint import Checkpoint, CheckpointError, checkpoint_files, read_checkpoint, tokenizer_id
 from model.config import DiscreteVAEConfig, DVAEConfig, LossConfig, ModelError, model_config
@@ -271,17 +272,17 @@ REFUSED: list[tuple[Hparams, str]] = [
     ({"image_size": None}, "image_size None: it must be a whole number"),
     ({"image_size": 20}, "image size 20 is not a multiple of downsample 8"),
     ({"channels": 1}, "channels 1: only models of three colours"),
-    ({"num_tokens": 97}, r"'codebook.weight' is torch.float32 \(96, 24\); its hparams ask for \(97, 24\)"),
+    ({"num_tokens": 97}, r"'codebook.weight' is torch.float32 \(96, 24\); the hparams ask for \(97, 24\)"),
     ({"num_tokens": True}, "codebook_size True must be a whole number of at least 2"),
     ({"hidden_dim": 32}, r"'encoder.0.0.weight' is torch.float32 \(16, 3, 4, 4\)"),
     ({"hidden_dim": 2**60}, "tensors that no memory could hold"),
     ({"hidden_dim": 2**70}, "tensors that no memory could hold"),
-    ({"num_layers": 2}, "lacks the tensor 'encoder.2.net.0.weight'"),
-    ({"num_layers": 10**12}, "more layers than there are tensors"),
-    ({"num_resnet_blocks": 10**12}, "more layers than there are tensors"),
-    ({"num_resnet_blocks": 1}, "lacks the tensor 'encoder.4.weight'"),
+    ({"num_layers": 2}, "the tensor 'encoder.2.net.0.weight' is missing"),
+    ({"num_layers": 17}, "num_layers 17 must be at most 16"),
+    ({"num_resnet_blocks": 257}, "num_resnet_blocks 257 must be at most 256"),
+    ({"num_resnet_blocks": 1}, "the tensor 'encoder.4.weight' is missing"),
     ({"num_resnet_blocks": 0.5}, "num_resnet_blocks 0.5 must be a whole number"),
-    ({"normalization": None}, "hparams: "),
+    ({"normalization": None}, r"normalization None \(pixels as they are\) is not read"),
     ({"normalization": ((0.5,), (0.5,))}, "must be three means and three standard deviations"),
     ({"normalization": ((0.5,) * 3, (0.0,) * 3)}, "standard deviation 0.0 must be a finite number above 0"),
     ({"attention": 3}, "unknown field 'attention'"),
@@ -355,6 +356,11 @@ def test_the_ending_of_its_name_says_what_is_exported(tmp_path: Path, capsys: py
     assert done.value.code == 0
     assert "DALLE-pytorch's DiscreteVAE for images of 16 × 16 pixels" in capsys.readouterr().out
     assert torch.load(tmp_path / "out" / "vae.pt", weights_only=True)["hparams"] == SHAPES["no blocks"]
+    assert run_export_vae(str(tmp_path), str(tmp_path / "out" / "vae.pt"), as_json=False) == 0
+    (tmp_path / "vae.pt").write_bytes(b"weeks of training")
+    with pytest.raises(FileIsThere, match=r"vae\.pt is there already: give another name"):
+        run_export_vae(str(tmp_path), str(tmp_path / "vae.pt"), as_json=False)
+    assert (tmp_path / "vae.pt").read_bytes() == b"weeks of training"
 
 
 @pytest.mark.training  # the exporter takes seconds

@@ -115,11 +115,19 @@ def in_first_format(value: object) -> bytes:
     return b"".join(map(pickled, parts))
 
 
-def with_tensor(*, shape: tuple = (4,), stride: tuple = (1,), offset: int = 0, numel: int = 4) -> bytes:
+def with_tensor(*, shape: tuple = (4,), stride: tuple = (1,), offset: int = 0, numel: int = 4, key: str = "0") -> bytes:
     """A tensor described as the caller likes, over four numbers."""
     text = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n(("
     text += b"X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-    text += b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + _integer(numel) + b"tQ" + _integer(offset)
+    text += (
+        b"X"
+        + struct.pack("<I", len(key))
+        + key.encode()
+        + b"X\x03\x00\x00\x00cpu"
+        + _integer(numel)
+        + b"tQ"
+        + _integer(offset)
+    )
     text += b"(" + b"".join(map(_integer, shape)) + b"t(" + b"".join(map(_integer, stride)) + b"t"
     return archive(text + b"\x89ccollections\nOrderedDict\n)RtRs.", {"data/0": bytes(16)})
 
@@ -211,6 +219,18 @@ def safetensors_of(**entry: object) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(4)
 
 
+def safetensors(entries: str, body: bytes) -> bytes:
+    header = f"{{{entries}}}".encode()
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def shared_parameters() -> Instance:
+    """300 layers that name one dict of 300 parameters, in a file of a few kilobytes; more, and memory would end."""
+    layer = Instance("torch.nn.modules.container Sequential", {"_parameters": dict.fromkeys(map(str, range(300)))})
+    return Instance(layer.of, {"_modules": {str(n): layer for n in range(300)}})
+
+
+A = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
 MARKER = "dvae-import-was-here"
 TOUCH = Calls(os.system, f"touch {MARKER}")
 WEIGHTS_ZIP, WEIGHTS_FIRST = saved(WEIGHTS), saved(WEIGHTS, first_format=True)
@@ -286,10 +306,22 @@ CASES: dict[str, tuple[Callable[[], bytes], str]] = {
     "safetensors with a long header": (lambda: struct.pack("<Q", 1 << 40) + b"{}", "no whole safetensors file"),
     "safetensors that share their numbers": (
         lambda: FLOATS.replace(b"[48,52]", b"[0,52] "), "'b' does not lie within the file"),
+    "safetensors with a hole": (
+        lambda: safetensors(A.replace("[0, 4]", "[4, 8]"), bytes(8)), "'a' does not lie within the file"),
+    "safetensors with more after it": (lambda: safetensors(A, bytes(5)), "has 1 bytes after its last tensor"),
+    "safetensors with a name twice": (lambda: safetensors(f"{A}, {A}", bytes(4)), "a name stands in it twice"),
+    "a tensor that is its numbers negated": (
+        lambda: saved({"a": torch._neg_view(torch.ones(3))}), "a negated or conjugated view of its numbers"),
+    "the same in the first format": (
+        lambda: saved({"a": torch._neg_view(torch.ones(3))}, first_format=True), "a negated or conjugated view"),
+    "a storage of a long name": (
+        lambda: with_tensor(key="x" * 101), "outside of its pickle that is no storage"),
     "big-endian": (lambda: rewritten(WEIGHTS_ZIP, {"byteorder": b"big"}), "written on a big-endian machine"),
     "a plain pickle": (lambda: pickled({"a": 1}), "a plain pickle, not a file of torch.save: refused"),
     "a plain pickle of an attacker": (lambda: pickled(TOUCH), r"names '(posix|nt)\.system'"),
     "nothing": (lambda: b"", "is empty"),
+    "what a server says instead": (lambda: b"404: Not Found\n", "is no file of weights: .* a text: '404: Not Found'"),
+    "a store's refusal": (lambda: b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", "it is a text: .<.xml version"),
     "a web page": (lambda: b"\n<!DOCTYPE html><html>", "is a web page, not a file of weights"),
     "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(20), "is compressed by gzip"),
@@ -383,6 +415,32 @@ def test_a_storage_is_read_once_however_many_tensors_lie_in_it() -> None:
     found = ForeignFile("x.pt", refs, storages).tensors(refs)
     assert list(found) == ["a", "b"] and storages.num_reads == 1
     assert found["a"].tolist() == [[0, 1], [2, 3]] and found["b"].tolist() == [4, 5, 6, 7]
+
+
+def test_an_archive_may_be_written_as_a_stream_or_for_large_files() -> None:
+    """Sizes behind the bytes, where the writer could not go back; and fields of 64 bits."""
+
+    class OneWay(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: int) -> int:
+            raise io.UnsupportedOperation
+
+    out = OneWay()
+    with zipfile.ZipFile(io.BytesIO(WEIGHTS_ZIP)) as source, zipfile.ZipFile(out, "w") as copy:
+        for info in source.infolist():
+            with copy.open(info.filename, "w", force_zip64=True) as member:
+                member.write(source.read(info))
+        assert all(info.flag_bits & 0x08 for info in copy.infolist()), "no data descriptors"
+    found = read_whole(out.getvalue())
+    assert found.keys() == WEIGHTS.keys() and all(torch.equal(found[name], WEIGHTS[name]) for name in found)
+
+
+@pytest.mark.parametrize("walk", [state_dict, lambda root, name: list(modules_of(root, name))])
+def test_one_dict_for_many_modules_is_not_walked_for_each(walk: Callable[[Instance, str], object]) -> None:
+    with pytest.raises(ForeignFileError, match="more modules than any model"):
+        walk(shared_parameters(), "x.pt")
 
 
 def test_the_tree_of_a_module_is_walked_once_and_in_order() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from foreign_files import CODES, Calls, archive, decoder, encoder, pickled, saved
 from jobs.api import load_tokenizer
@@ -26,7 +27,8 @@ from jobs.show import load_matching_tokenizer
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
 from make_data import folder_bytes, image_bytes, sample_members, tar_bytes, write_checkpoint
-from model.config import ModelError
+from model.checkpoint import tokenizer_id
+from model.config import ModelError, model_config
 from model.foreign_names import ForeignFileError
 from pipeline.images import ImageSpec, decode_image
 
@@ -153,6 +155,36 @@ def test_our_own_checkpoint_keeps_its_tokenizer_id_and_its_past(sources: Path, t
     trained = write_checkpoint(tmp_path / "ours")
     imported(trained, tmp_path / "third")
     assert record_of(tmp_path / "third")["tokenizer_id"] == record_of(trained)["tokenizer_id"]
+
+
+def older(folder: Path, **changes: Any) -> Path:
+    """The checkpoint with other fields in its record, as another version would have written them."""
+    record = {name: value for name, value in record_of(folder).items() if name != "record_sha256"} | changes
+    weights = load_file(folder / "model.safetensors")
+    record["tokenizer_id"] = tokenizer_id(weights, model_config(record["model"]), record["image_spec"])
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    record["record_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_an_image_spec_of_another_version_is_refused_by_name(sources: Path, tmp_path: Path, dest: Path) -> None:
+    imported(sources, tmp_path / "first")
+    old = older(tmp_path / "first", image_spec={"size": 256, "resample": "lanczos"})
+    with pytest.raises(CannotImport, match="images of 256 pixels cannot be tokenised: no image spec that this version"):
+        imported(old, dest)
+    assert not dest.exists()
+
+
+def test_a_record_may_hold_anything_beside_its_weights(sources: Path, tmp_path: Path, dest: Path) -> None:
+    imported(sources, tmp_path / "first")
+    imported(older(tmp_path / "first", extra={"source": "a text", "training_config": 5}), dest)
+    assert record_of(dest)["extra"]["source"].keys() == {"kind", "files"}
+
+
+def test_a_file_of_weights_is_no_checkpoint_and_the_remedy_is_said(sources: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match=r"encoder\.pkl is a file, .* `dvae import /.*encoder\.pkl FOLDER`"):
+        read_head(str(sources / "encoder.pkl"))
 
 
 # The command

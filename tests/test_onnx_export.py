@@ -59,7 +59,8 @@ def test_what_computes_something_else_is_told_with_exit_code_1(
     monkeypatch.setattr(export_onnx, "onnx_files", lambda checkpoint: other)
     write_checkpoint(tmp_path / "model", seed=1, size=32)
     assert run_export_onnx(str(tmp_path / "model"), str(tmp_path / "onnx"), as_json=False) == 1
-    assert "not the same" in capsys.readouterr().out
+    assert "not the same, so nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_without_an_exporter_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,19 @@ def padded_otherwise(blocks: Any) -> None:
     blocks.input.__dict__["kw"] = 5
 
 
+def shadowed_weights(blocks: Any) -> None:
+    """Torch computes with the attribute, not with the parameter of that name."""
+    blocks.output.conv.__dict__["w"] = torch.zeros_like(blocks.output.conv.w)
+
+
+def shadowed_layer(blocks: Any) -> None:
+    blocks.group_1.block_1.__dict__["id_path"] = nn.ReLU()
+
+
+def with_a_hook(blocks: Any) -> None:
+    blocks.group_1._forward_hooks[0] = nn.ReLU()
+
+
 E_STATE, D_STATE = ENCODER.state_dict(), DECODER.state_dict()
 CONV_1 = "blocks.group_1.block_1.res_path.conv_1.w"
 MISFITS: dict[str, tuple[list[Any], str]] = {  # what is in the files, and what is said of it
@@ -297,6 +310,9 @@ MISFITS: dict[str, tuple[list[Any], str]] = {  # what is in the files, and what 
     "a layer too many": ([rebuilt(one_more)], "0.pt has blocks.output.extra, a ReLU where dvae's layers"),
     "no activation": ([rebuilt(one_less)], "0.pt has blocks.group_3.block_1.res_path.relu_2, a Identity where"),
     "another padding": ([rebuilt(padded_otherwise)], "0.pt: blocks.input.kw is 5; dvae's layers have 7 there"),
+    "weights that others lie over": ([rebuilt(shadowed_weights)], "0.pt: blocks.output.conv.w is set on the object"),
+    "a layer that another lies over": ([rebuilt(shadowed_layer)], "block_1.id_path is set on the object itself"),
+    "a hook": ([rebuilt(with_a_hook)], "0.pt: blocks.group_1._forward_hooks is set on the object itself, so it comput"),
     "another gain": (
         [attacked(post_gain=0.5)], "0.pt: blocks.group_2.block_1.post_gain is 0.5; dvae's layers have 0.015625 there"),
     "another pooling": ([attacked(kernel_size=3)], "blocks.group_2.pool.kernel_size is 3; dvae's layers have 2 there"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import http.server
+import io
 import multiprocessing
 import os
 import signal
@@ -20,10 +21,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from make_data import Killed, MortalStore
 from pipeline import local_disk, storage, store_requests
-from pipeline.errors import NoShardsMatched, PipelineError, ShardTruncated, StorageError
+from pipeline.errors import BadUrl, NoShardsMatched, PipelineError, ShardTruncated, StorageError
 from pipeline.output import part_name
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
+from web_server import TAR, serve
 
 
 def names(folder: Path) -> list[str]:
@@ -53,6 +55,34 @@ def make(folder: Path, *paths: str) -> Path:
 )  # fmt: skip
 def test_a_url_has_one_spelling(url: str, spelled: str) -> None:
     assert storage.normalize(url) == spelled == storage.normalize(spelled)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("", "an empty URL names nothing"), ("  ", "an empty URL"), ("s3:/bucket/x", "write s3://bucket/x"),
+     ("https:/user:S3CR3T@host/x", "one slash after its scheme")],
+)  # fmt: skip
+def test_what_would_be_a_local_name_that_nobody_means_is_refused(url: str, said: str) -> None:
+    with pytest.raises(BadUrl, match=said):
+        storage.normalize(url)
+
+
+def test_a_shard_in_the_root_is_not_looked_for_in_the_working_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make(tmp_path, "nope.tar")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoShardsMatched, match="the folder / holds no such file"):
+        urls(["/nope.tar"])
+
+
+def test_a_web_server_that_sends_more_than_it_said_is_cut_off() -> None:
+    out = io.BytesIO()
+    with serve() as url:
+        storage.copy_stream(f"{url}/x.tar", out, len(TAR))
+        assert out.getvalue() == TAR
+        with pytest.raises(StorageError, match=f"sends more than {len(TAR) - 1:,} bytes"):
+            storage.copy_stream(f"{url}/x.tar", io.BytesIO(), len(TAR) - 1)
 
 
 def test_relative_paths_become_absolute_and_home_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
