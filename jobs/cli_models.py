@@ -10,14 +10,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 
 def import_weights(
-    sources: Annotated[
+    names: Annotated[
         list[str],
         typer.Argument(
-            help="encoder.pkl, or it and decoder.pkl; a state dict of theirs; vae.pt; dalle.pt; a checkpoint of dvae",
-            metavar="SOURCE",
+            help="encoder.pkl, or it and decoder.pkl; a state dict of theirs; vae.pt; dalle.pt; a checkpoint of dvae; "
+            "and after those the URL or folder for the new checkpoint",
+            metavar="SOURCE... DEST",
         ),
     ],
-    dest: Annotated[str, typer.Argument(help="URL or folder for the checkpoint", metavar="DEST")],
     licence: Annotated[
         str | None, typer.Option("--license", help="what the model card says of the weights, in place of what is known")
     ] = None,
@@ -28,9 +28,11 @@ def import_weights(
     as_json: AsJson = False,
 ) -> int:
     """Other people's weights into a checkpoint; nothing in their files is run."""
+    if len(names) == 1:
+        raise typer.BadParameter(f"after {names[0]}, name a folder for the checkpoint", param_hint="DEST")
     from jobs.import_checkpoint import run_import
 
-    return run_import(sources, dest, licence=licence, as_json=as_json, image_size=image_size)
+    return run_import(names[:-1], names[-1], licence=licence, as_json=as_json, image_size=image_size)
 
 
 def export_weights(
