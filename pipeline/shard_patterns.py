@@ -54,6 +54,8 @@ def _look_up(urls: list[str]) -> list[ObjectInfo]:
     listings: dict[str, dict[str, ObjectInfo]] = {}
     for url in urls:
         folder = url.rpartition("/")[0] or "/"
+        if folder.endswith(":/"):  # a bucket is in no folder
+            listings[folder] = {}
         if folder not in listings:
             listings[folder] = _list_folder(folder)
         if url in listings[folder]:

@@ -76,6 +76,12 @@ def test_a_shard_in_the_root_is_not_looked_for_in_the_working_folder(
         urls(["/nope.tar"])
 
 
+def test_a_whole_bucket_stands_for_the_shards_in_it() -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe({"/whole-bucket/b.tar": b"b", "/whole-bucket/a.tar": b"a", "/whole-bucket/notes.txt": b"n"})
+    assert urls(["memory://whole-bucket"]) == ["memory://whole-bucket/a.tar", "memory://whole-bucket/b.tar"]
+
+
 def test_a_web_server_that_sends_more_than_it_said_is_cut_off() -> None:
     out = io.BytesIO()
     with serve() as url:
