@@ -1,9 +1,15 @@
-"""The Python API: `load_tokenizer(url)` gives an object that encodes images and decodes tokens.
+"""The Python API: `load_tokenizer(url)` gives an object that encodes images and decodes tokens, `TokenDataset` and
+`TokenLoader` the token rows of a run for training.
 
 from jobs.api import load_tokenizer
 tokenizer = load_tokenizer("s3://models/dvae")
 tokens_BHW = tokenizer.encode(["cat.jpg", "dog.png"])
 pixels_BHWC = tokenizer.decode(tokens_BHW)
+
+from jobs.api import TokenDataset, TokenLoader
+loader = TokenLoader(TokenDataset("s3://tokens/images", batch_size=64, columns=["caption"]))
+for batch in loader:  # one epoch
+    batch.tokens, batch.columns["caption"], loader.state_dict()
 """
 
 from __future__ import annotations
@@ -16,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.checkpoints import TokenizerSource, read_head
+from jobs.token_dataset import TokenDataset as TokenDataset
+from jobs.token_dataset import TokenLoader as TokenLoader
+from jobs.token_dataset import TokenRows as TokenRows
 from model.tokenizer import DVAETokenizer
 from pipeline import storage
 from pipeline.images import ImageSpec, decode_image

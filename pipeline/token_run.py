@@ -93,7 +93,7 @@ class TokenRun:
         """Rows `start` to `stop` of a part, from the row groups that hold them. Raises Damaged where bytes are not
         those that were written, StorageError where the store fails or the part is another than when the run was
         opened, PipelineError for a column that there is not."""
-        names = self._names(columns)
+        names = self.column_names(columns)
         try:
             return intact(part.url, lambda: _read_rows(self._opened(part), start, stop, names))
         except FileNotFoundError as error:
@@ -114,7 +114,8 @@ class TokenRun:
     def _batch(self, part: Part, rows: pa.Table) -> TokenBatch:
         return TokenBatch(part, tokens_of(rows, self.table), rows.drop_columns(["tokens"]))
 
-    def _names(self, columns: Sequence[str] | None) -> list[str]:
+    def column_names(self, columns: Sequence[str] | None) -> list[str]:
+        """These names, or all. Raises PipelineError for a column that there is not."""
         known = token_schema(self.table).names
         if strange := [name for name in columns or () if name not in known]:
             where = storage.public_url(self.output.url)

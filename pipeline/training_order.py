@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.images import Augment, ImageSpec
+from pipeline.permutations import permutation
 
 _SHARD_ORDER, _SAMPLE_ORDER, _AUGMENT = 1, 2, 3  # keep the random streams apart
 
@@ -78,7 +79,7 @@ def window_shards(options: StreamOptions, stream: int, window: int, num_shards: 
 
 def sample_order(options: StreamOptions, stream: int, window: int, num_samples: int) -> list[int]:
     """The order in which the samples of one window are taken."""
-    order: list[int] = _permutation(num_samples, options.seed, _SAMPLE_ORDER, stream, window).tolist()
+    order: list[int] = permutation(num_samples, options.seed, _SAMPLE_ORDER, stream, window).tolist()
     return order
 
 
@@ -89,10 +90,4 @@ def augment_rng(options: StreamOptions, stream: int, window: int, position: int)
 
 @lru_cache(maxsize=4)
 def _shard_order(seed: int, epoch: int, num_shards: int) -> NDArray[np.int64]:
-    return _permutation(num_shards, seed, _SHARD_ORDER, epoch)
-
-
-def _permutation(length: int, *key: int) -> NDArray[np.int64]:
-    """By sorting raw random bits: numpy promises those for all versions, and `Generator.permutation` not."""
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(length)
-    return np.argsort(np.asarray(bits, dtype=np.uint64), kind="stable")
+    return permutation(num_shards, seed, _SHARD_ORDER, epoch)

@@ -26,10 +26,10 @@ DOORS = {
     "numba": {"pipeline/resize_kernels.py"},
     "pyarrow": {
         "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
-        "pipeline/token_run.py",
+        "pipeline/token_run.py", "pipeline/token_reader.py",
     },
     "webdataset": {"pipeline/pack.py"},
-    "torch": {"model", "jobs/train_ranks.py"},
+    "torch": {"model", "jobs/train_ranks.py", "jobs/token_dataset.py"},
     "safetensors": {"model"},
     "wandb": {"jobs/train_wandb.py"},
     "mlflow": {"jobs/train_mlflow.py"},
