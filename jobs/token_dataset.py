@@ -58,7 +58,8 @@ class TokenDataset(IterableDataset[TokenRows]):
         self._reader = TokenReader(self.run, options, threads=threads)
         self._dtype = dtype
         self._place = torch.zeros(2, dtype=torch.int64)
-        self._place.share_memory_()  # type: ignore[no-untyped-call]  # workers that stay alive look here
+        # Workers look here when they begin, those that stay alive too. Not to be touched while they work.
+        self._place.share_memory_()  # type: ignore[no-untyped-call]
         self._num_workers: int | None = None  # of the state that was loaded
 
     @property
@@ -130,28 +131,39 @@ class TokenLoader:
     def __init__(self, dataset: TokenDataset, num_workers: int = 0, **options: Any) -> None:
         """`options`: DataLoader's, such as pin_memory and prefetch_factor."""
         self.dataset, self.num_workers = dataset, num_workers
+        self._state = dataset.state_dict(num_workers)
         self._loader: DataLoader[TokenRows] = DataLoader(
             dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, **options
         )
+
+    @property
+    def epoch(self) -> int:
+        return int(self._state["epoch"])
 
     def __len__(self) -> int:
         """Batches of an epoch, for this rank."""
         return self.dataset.num_batches(self.num_workers)
 
     def __iter__(self) -> Iterator[TokenRows]:
-        epoch = self.dataset.epoch
+        epoch = self.epoch
+        self.dataset.set_epoch(epoch, self._state["num_batches"])
         for batch in self._loader:
-            self.dataset.set_epoch(batch.state["epoch"], batch.state["num_batches"])
+            self._state = batch.state
             yield batch
-        if self.dataset.epoch == epoch:  # there was no batch for this rank
-            self.dataset.set_epoch(epoch + 1)
+        if self.epoch == epoch:  # there was no batch for this rank
+            self.set_epoch(epoch + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next `iter` begins it."""
+        self._state = {**self._state, "epoch": epoch, "num_batches": 0}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.dataset.state_dict(self.num_workers)
+        return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises RunMismatch, as the dataset's does."""
         self.dataset.load_state_dict(state, self.num_workers)
+        self._state = self.dataset.state_dict(self.num_workers)
 
 
 def _as_it_is(batch: Any) -> Any:

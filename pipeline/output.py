@@ -108,11 +108,13 @@ def read_run(output: OutputPrefix) -> dict[str, Any] | None:
 
 
 def require_run(output: OutputPrefix) -> dict[str, Any]:
-    """run.json of a tokenising run. Raises NoRun where there is none (a training output has one of another kind)."""
+    """run.json of a tokenising run. Raises NoRun where there is none (a training output has one of another kind), and
+    RunMismatch where a version made it that is not known here."""
     run = read_run(output)
     if run is None or "tokenizer_id" not in run:
         what = "holds no run (no run.json)" if run is None else "is the output of another command"
         raise NoRun(f"{storage.public_url(output.url)} {what}; name the output of `dvae tokenize`")
+    table_of(output, run)
     return run
 
 

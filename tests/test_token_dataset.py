@@ -20,6 +20,7 @@ from make_tokens import TokenWorld
 from pipeline.errors import NoRun, RunMismatch
 from pipeline.token_run import TokenRun
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 SIZES = {"a": 230, "b": 0, "c": 3, "d": 100, "e": 70}
 NUM_ROWS = sum(SIZES.values())
 
@@ -50,7 +51,7 @@ def test_each_row_comes_once_an_epoch_over_all_ranks_and_workers(
     assert [len(each) for each in batches] == [len(loader) for loader in loaders]
     found = Counter(key for rank in batches for each in keys(rank) for key in each)
     assert len(found) == NUM_ROWS and set(found.values()) == {1}
-    assert [loader.dataset.epoch for loader in loaders] == [1] * world_size
+    assert [loader.epoch for loader in loaders] == [1] * world_size
 
 
 def test_tokens_are_long_unless_another_type_is_asked_for_and_columns_are_tensors_or_lists(run: TokenRun) -> None:
@@ -97,8 +98,17 @@ def test_workers_that_stay_alive_go_on_with_the_next_epoch(run: TokenRun) -> Non
     loader = TokenLoader(dataset(run), 2, persistent_workers=True)
     epochs = [keys(list(loader)) for _ in range(2)]
     fresh = TokenLoader(dataset(run), 2)
-    fresh.dataset.set_epoch(1)
+    fresh.set_epoch(1)
     assert epochs[1] == keys(list(fresh)) != epochs[0]
+
+
+def test_a_worker_that_is_slow_to_begin_begins_where_the_others_did(run: TokenRun) -> None:
+    """Workers share the dataset's place with the main process, which may have batches of one before another looks."""
+    loader = TokenLoader(dataset(run), 2)
+    batches = iter(loader)
+    states = [next(batches).state, next(batches).state]
+    assert loader.state_dict() == states[1] and states[1]["num_batches"] == 2
+    assert loader.dataset.state_dict(2)["num_batches"] == 0
 
 
 def test_breaking_off_and_iterating_again_goes_on(run: TokenRun) -> None:
@@ -127,7 +137,7 @@ def test_a_rank_without_rows_comes_to_the_end_of_its_epoch(tmp_path: Path) -> No
     world = TokenWorld(str(tmp_path))
     world.add("/in/a.tar", 1)
     loader = TokenLoader(dataset(world.open(), 1, 2))
-    assert list(loader) == [] and loader.dataset.epoch == 1
+    assert list(loader) == [] and loader.epoch == 1
 
 
 def test_a_dataset_travels_to_workers_that_are_not_forked(run: TokenRun) -> None:
@@ -171,3 +181,15 @@ def test_all_ranks_of_a_process_group_read_what_rank_0_opened(run: TokenRun, tmp
     lines = [line for rank in ranks for line in rank.communicate(timeout=120)[0].splitlines()]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert lines.count("refused") == 2 and len(set(lines)) == NUM_ROWS + 1 == len(lines) - 1
+
+
+@pytest.mark.server
+def test_a_bucket_is_read_by_workers_that_were_forked_after_it_was_opened(s3: str) -> None:
+    world = TokenWorld(f"{s3}/token-dataset")
+    for name, num_rows in SIZES.items():
+        world.add(f"/in/{name}.tar", num_rows)
+    tokens = TokenDataset(world.output.url, batch_size=16, columns=["key"], shuffle_rows=100)
+    here = TokenLoader(tokens)
+    there = TokenLoader(dataset(world.open()), 2)
+    rows = [Counter(key for each in keys(list(loader)) for key in each) for loader in (here, there)]
+    assert [len(found) for found in rows] == [NUM_ROWS] * 2 and set((rows[0] + rows[1]).values()) == {2}
