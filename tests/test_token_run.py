@@ -110,6 +110,20 @@ def test_a_newer_schema_is_refused_with_both_versions_and_the_remedy(world: Toke
         world.open()
 
 
+def test_a_file_of_several_shards_needs_no_ledger(world: TokenWorld) -> None:
+    """As compacting makes them: the footer tells the run, and no shard."""
+    path = Path(world.output.part(world.add("/in/a.tar", 5, recorded=False)))
+    rows = pq.read_table(path)
+    footer = {**json.loads(rows.schema.metadata[b"dvae"]), "num_rows": 10}
+    del footer["shard"]
+    both = pa.concat_tables([rows, rows]).replace_schema_metadata({b"dvae": json.dumps(footer)})
+    path.unlink()
+    pq.write_table(both, path.with_name("merged-00000.parquet"), write_page_checksum=True)
+    (part,) = world.open().parts
+    assert (part.name, part.shard, part.num_rows) == ("merged-00000.parquet", None, 10)
+    assert world.rows() == rows.to_pylist() * 2
+
+
 # Rows
 
 
