@@ -68,7 +68,7 @@ class TokenDataset(IterableDataset[TokenRows]):
 
     def set_epoch(self, epoch: int, num_batches: int = 0) -> None:
         """The next `iter` begins here, behind so many batches of this rank."""
-        self._place[0], self._place[1] = epoch, num_batches
+        self._place.numpy()[:] = epoch, num_batches
 
     def num_batches(self, num_workers: int = 0) -> int:
         """Of an epoch, for this rank."""

@@ -21,6 +21,7 @@ from pipeline import storage
 from pipeline.errors import Damaged, PipelineError, RunMismatch
 from pipeline.token_order import ORDER_VERSION, Share, ShareOrder, Span
 from pipeline.token_run import Part, TokenRun, tokens_of
+from pipeline.token_table import token_schema
 
 # B rows of a batch, S of a span, W of a window, N = H * W tokens of a row, P parts
 
@@ -74,6 +75,7 @@ class TokenReader:
         self.run, self.options, self.share, self._threads = run, options, share, threads
         self.epoch = self.num_batches = 0  # where the next batch is
         self._names = run.column_names([name for name in options.columns if name != "tokens"])
+        self._schema = _with_long_texts(token_schema(run.table), self._names)
         self._rows_P = np.array([part.num_rows for part in run.parts], np.int64)
         self._num_rows = int(self._rows_P.sum())
         _require_rows(run, self._num_rows)
@@ -130,9 +132,9 @@ class TokenReader:
             )
 
     def _pieces(self, epoch: int, first_row: int) -> Iterator[_Piece]:
-        rows = _Rows(self._names)
+        rows = _Rows(self.options.batch_size)
         for window in self._windows(epoch, first_row):
-            yield from rows.cut(window, self.options.batch_size)
+            yield from rows.cut(window)
             del window  # the next but one is loaded while the next is used
         yield rows.rest()
 
@@ -147,8 +149,8 @@ class TokenReader:
         pool = ThreadPoolExecutor(self._threads, "read-tokens")
         try:
             for number in range(first, order.num_windows):
-                skipped = max(0, first_row - order.first_row(number))
-                loading.append(self._begin(pool, order.spans(number), order.row_order(number)[skipped:]))
+                num_given = max(0, first_row - order.first_row(number))
+                loading.append(self._begin(pool, order.spans(number), order.row_order(number), num_given))
                 if len(loading) > 1:
                     yield loading.popleft().loaded()
             while loading:
@@ -156,34 +158,40 @@ class TokenReader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, spans: Sequence[Span], order: NDArray[np.int64]) -> _Window:
-        tokens_WN = np.empty((sum(map(len, spans)), self.run.table.num_tokens), self.run.table.token_dtype)
-        places = np.cumsum([0, *map(len, spans)]).tolist()
+    def _begin(
+        self, pool: ThreadPoolExecutor, spans: Sequence[Span], order_W: NDArray[np.int64], num_given: int
+    ) -> _Window:
+        tokens_WN = np.empty((len(order_W), self.run.table.num_tokens), self.run.table.token_dtype)
+        place_W = np.empty_like(order_W)  # where each row comes
+        place_W[order_W] = np.arange(len(order_W))
+        ends = np.cumsum([len(span) for span in spans])
         reads = [
-            pool.submit(self._read, span, tokens_WN[place : place + len(span)])
-            for span, place in zip(spans, places[:-1], strict=True)
+            pool.submit(self._read, span, tokens_WN, place_W[end - len(span) : end])
+            for span, end in zip(spans, ends.tolist(), strict=True)
         ]
-        return _Window(tokens_WN, order, reads)
+        return _Window(tokens_WN, order_W, num_given, reads)
 
-    def _read(self, span: Span, tokens_SN: NDArray[np.signedinteger[Any]]) -> pa.Table:
-        """The tokens go where they belong, the other columns come back."""
+    def _read(self, span: Span, tokens_WN: NDArray[np.signedinteger[Any]], place_S: NDArray[np.int64]) -> pa.Table:
+        """The tokens go where they come, the other columns come back."""
         part = self.run.parts[span.part]
         rows = self.run.read_rows(part, span.start, span.stop, ["tokens", *self._names])
-        tokens_SN[:] = tokens_of(rows, self.run.table)
-        return rows.drop_columns(["tokens"])
+        tokens_WN[place_S] = tokens_of(rows, self.run.table)
+        return rows.drop_columns(["tokens"]).cast(self._schema)
 
 
 @dataclass
 class _Window:
-    """`order`: the places of the rows still to come, in theirs. `columns` is there once it is loaded."""
+    """Rows in the order in which they come, once they are loaded; `num_given` of them were given before."""
 
     tokens_WN: NDArray[np.signedinteger[Any]]
-    order: NDArray[np.int64]
+    order_W: NDArray[np.int64]
+    num_given: int
     reads: list[Future[pa.Table]]
     columns: pa.Table = field(default_factory=lambda: pa.table({}))
 
     def loaded(self) -> _Window:
-        self.columns = pa.concat_tables(read.result() for read in self.reads).combine_chunks()
+        rows = pa.concat_tables(read.result() for read in self.reads)
+        self.columns = rows.combine_chunks().take(self.order_W) if rows.num_columns else rows
         self.reads = []
         return self
 
@@ -194,23 +202,22 @@ _Piece = tuple[NDArray[np.signedinteger[Any]], pa.Table]
 class _Rows:
     """Cuts windows into batches; what is left of one begins the first batch of the next."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, size: int) -> None:
+        self._size = self._missing = size
         self._pieces: list[_Piece] = []
 
-    def cut(self, window: _Window, size: int) -> Iterator[_Piece]:
-        start = 0
-        while start < len(window.order):
-            missing = size - sum(len(tokens_BN) for tokens_BN, _ in self._pieces)
-            places = window.order[start : start + missing]
-            columns = window.columns.take(places) if self._names else window.columns
-            self._pieces.append((window.tokens_WN[places], columns))
-            start += len(places)
-            if len(places) == missing:
+    def cut(self, window: _Window) -> Iterator[_Piece]:
+        start, end = window.num_given, len(window.tokens_WN)
+        while start < end:
+            tokens_BN = window.tokens_WN[start : start + self._missing].copy()  # a view would keep the window alive
+            self._pieces.append((tokens_BN, window.columns.slice(start, len(tokens_BN))))
+            start += len(tokens_BN)
+            self._missing -= len(tokens_BN)
+            if not self._missing:
                 yield self.rest()
 
     def rest(self) -> _Piece:
-        pieces, self._pieces = self._pieces, []
+        pieces, self._pieces, self._missing = self._pieces, [], self._size
         if len(pieces) == 1:
             return pieces[0]
         tokens, tables = zip(*pieces, strict=True)
@@ -219,10 +226,18 @@ class _Rows:
 
 def _column(values: pa.ChunkedArray, field: pa.Field) -> Column:
     """By its type alone, not by what happens to be in a batch."""
-    if field.nullable or pa.types.is_string(field.type):
+    if field.nullable or pa.types.is_large_string(field.type):
         found: list[Any] = values.to_pylist()
         return found
     return np.array(values.to_numpy())
+
+
+def _with_long_texts(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    """Of these columns; a plain string array ends at 2 GiB, which the captions of one window may be."""
+    fields = [schema.field(name) for name in names]
+    return pa.schema(
+        [field.with_type(pa.large_string()) if pa.types.is_string(field.type) else field for field in fields]
+    )
 
 
 def _require_same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
