@@ -74,7 +74,7 @@ class TokenReader:
         """Raises Damaged where parts of the run are missing, PipelineError where it has no rows or not the columns."""
         self.run, self.options, self.share, self._threads = run, options, share, threads
         self.epoch = self.num_batches = 0  # where the next batch is
-        self._names = run.column_names([name for name in options.columns if name != "tokens"])
+        self._names = run.column_names([name for name in dict.fromkeys(options.columns) if name != "tokens"])
         self._schema = _with_long_texts(token_schema(run.table), self._names)
         self._rows_P = np.array([part.num_rows for part in run.parts], np.int64)
         self._num_rows = int(self._rows_P.sum())
