@@ -12,12 +12,15 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.errors import PipelineError, RunMismatch
+from pipeline.errors import RunMismatch
 from pipeline.token_order import Share
-from pipeline.token_reader import SHUFFLE_ROWS, ReaderBatch, ReaderOptions, TokenReader
+from pipeline.token_reader import SHUFFLE_ROWS, ReaderBatch, ReaderOptions, TokenReader, require_state
 from pipeline.token_run import TokenRun
 
 # B rows of a batch, N = H * W tokens of a row
+
+
+OURS = ("batch_size", "shuffle", "sampler", "batch_sampler", "collate_fn", "drop_last", "in_order")
 
 
 class TokenRows(NamedTuple):
@@ -32,7 +35,11 @@ class TokenRows(NamedTuple):
 class TokenDataset(IterableDataset[TokenRows]):
     """A run's token rows for training: this rank's share, in whole batches, so for a DataLoader with `batch_size=None`,
     as TokenLoader is. Without `rank` and `world_size` they are those of torch.distributed, and rank 0 alone opens the
-    run, for all must see the same parts even while it grows: every rank makes its dataset then."""
+    run, for all must see the same parts even while it grows: every rank makes its dataset then.
+
+    Every row comes once in an epoch, so ranks may differ by a batch; where they must not, as in
+    DistributedDataParallel, `drop_last` leaves out up to a batch of each worker of each rank. A plain DataLoader has to
+    be told of each epoch by `set_epoch`; TokenLoader goes on by itself."""
 
     def __init__(
         self,
@@ -50,6 +57,8 @@ class TokenDataset(IterableDataset[TokenRows]):
     ) -> None:
         """For `seed`, `shuffle_rows` and `drop_last` see ReaderOptions. Raises NoRun, PipelineError where the run has
         no rows or not these columns, Damaged where parts are missing, StorageError."""
+        if isinstance(columns, str):
+            raise ValueError(f"columns is a list of names: write [{columns!r}]")
         if (rank is None) != (world_size is None):
             raise ValueError("rank and world_size go together")
         self._rank, self._world_size = _rank() if rank is None or world_size is None else (rank, world_size)
@@ -68,6 +77,7 @@ class TokenDataset(IterableDataset[TokenRows]):
 
     def set_epoch(self, epoch: int, num_batches: int = 0) -> None:
         """The next `iter` begins here, behind so many batches of this rank."""
+        self._num_workers = None
         self._place.numpy()[:] = epoch, num_batches
 
     def num_batches(self, num_workers: int = 0) -> int:
@@ -84,11 +94,13 @@ class TokenDataset(IterableDataset[TokenRows]):
     def load_state_dict(self, state: Mapping[str, Any], num_workers: int | None = None) -> None:
         """Go on behind the batch that the state came with. In the middle of an epoch it raises RunMismatch where the
         state is of other rows, options or number of ranks or, at once or in `iter`, of workers."""
-        self._num_workers = state["num_workers"]
-        if num_workers is not None and state["num_batches"]:
-            self._require_workers(max(1, num_workers))
+        require_state(state, self.state_dict())
+        then = state["num_workers"] if state["num_batches"] else None
+        if num_workers is not None:
+            _require_workers(then, max(1, num_workers))
         self._reader_of(0, state["num_workers"]).load_state_dict(state)
         self.set_epoch(state["epoch"], state["num_batches"])
+        self._num_workers = then
 
     def __iter__(self) -> Iterator[TokenRows]:
         """The rest of the epoch. DataLoader asks its workers in turn, the first one first: behind `taken` batches that
@@ -96,8 +108,7 @@ class TokenDataset(IterableDataset[TokenRows]):
         info = get_worker_info()
         count, worker = (1, 0) if info is None else (info.num_workers, info.id)
         epoch, taken = self._place.tolist()
-        if taken:
-            self._require_workers(count)
+        _require_workers(self._num_workers, count)
         own = (worker + taken) % count
         reader, total = self._reader_of(own, count), self.num_batches(count)
         order = reader.order()
@@ -110,11 +121,6 @@ class TokenDataset(IterableDataset[TokenRows]):
 
     def _reader_of(self, worker: int, num_workers: int) -> TokenReader:
         return self._reader.of_share(Share(self._rank * num_workers + worker, self._world_size * num_workers))
-
-    def _require_workers(self, now: int) -> None:
-        if self._num_workers not in (None, now):
-            remedy = "take as many, or begin the next epoch with set_epoch"
-            raise RunMismatch(f"the state is of {self._num_workers} DataLoader workers, here are {now}: {remedy}")
 
     def _rows(self, batch: ReaderBatch, state: dict[str, Any]) -> TokenRows:
         columns = {
@@ -129,7 +135,10 @@ class TokenLoader:
     one; `state_dict()` is that after the batch last given, whatever the workers have made ahead."""
 
     def __init__(self, dataset: TokenDataset, num_workers: int = 0, **options: Any) -> None:
-        """`options`: DataLoader's, such as pin_memory and prefetch_factor."""
+        """`options`: DataLoader's, such as pin_memory and prefetch_factor. Raises ValueError for those that would
+        change which row is in which batch."""
+        if ours := [name for name in OURS if name in options]:
+            raise ValueError(f"TokenLoader decides {ours[0]} itself; batch_size and drop_last are TokenDataset's")
         self.dataset, self.num_workers = dataset, num_workers
         self._state = dataset.state_dict(num_workers)
         self._loader: DataLoader[TokenRows] = DataLoader(
@@ -166,6 +175,12 @@ class TokenLoader:
         self._state = self.dataset.state_dict(self.num_workers)
 
 
+def _require_workers(then: int | None, now: int) -> None:
+    if then not in (None, now):
+        remedy = "take as many, or begin the next epoch with set_epoch"
+        raise RunMismatch(f"the state is of {then} DataLoader workers, here are {now}: {remedy}")
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -189,7 +204,7 @@ def _opened_by_all(run: str | TokenRun) -> TokenRun:
     rank, world_size = _rank()
     if world_size == 1:
         return _opened(run)
-    found: list[TokenRun | PipelineError | None] = [_opened_or_error(run) if rank == 0 else None]
+    found: list[TokenRun | Exception | None] = [_opened_or_error(run) if rank == 0 else None]
     distributed.broadcast_object_list(found)
     if isinstance(found[0], TokenRun):
         return found[0]
@@ -197,8 +212,8 @@ def _opened_by_all(run: str | TokenRun) -> TokenRun:
     raise found[0]
 
 
-def _opened_or_error(run: str | TokenRun) -> TokenRun | PipelineError:
+def _opened_or_error(run: str | TokenRun) -> TokenRun | Exception:
     try:
         return _opened(run)
-    except PipelineError as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait to hear of it
         return error

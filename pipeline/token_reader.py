@@ -47,8 +47,9 @@ class ReaderOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("seed", 0), ("shuffle_rows", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class TokenReader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises RunMismatch where the state is of other rows or options, but for that of an epoch's end: behind it any
         will do."""
+        require_state(state, self.state_dict())
         if state["num_batches"]:
             _require_same_order(state["order"], self.order())
         self.epoch, self.num_batches = state["epoch"], state["num_batches"]
@@ -124,11 +126,21 @@ class TokenReader:
         }
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[ReaderBatch]:
-        """The batches of one epoch from the first-th on. Raises what `TokenRun.read_rows` does."""
+        """The batches of one epoch from the first-th on. Raises what `TokenRun.read_rows` does, and PipelineError where
+        there are too few rows for one batch in every share."""
+        self._require_batches()
         pieces = self._pieces(epoch, first * self.options.batch_size)
         for number, (tokens_BN, rows) in zip(range(first, len(self)), pieces, strict=False):
             yield ReaderBatch(
                 tokens_BN, {field.name: _column(rows[field.name], field) for field in rows.schema}, number
+            )
+
+    def _require_batches(self) -> None:
+        if self.options.drop_last and not len(self):
+            where, size = storage.public_url(self.run.output.url), self.options.batch_size
+            raise PipelineError(
+                f"{where} has {self._num_rows:,} rows: no batch of {size} for each of {self.share.count} shares; take "
+                "a smaller batch, fewer ranks or workers, or drop_last=False"
             )
 
     def _pieces(self, epoch: int, first_row: int) -> Iterator[_Piece]:
@@ -240,6 +252,12 @@ def _with_long_texts(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
     )
 
 
+def require_state(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises RunMismatch where it has not the names of `wanted`."""
+    if lacking := [name for name in wanted if name not in state]:
+        raise RunMismatch(f"this is no state of a reader of tokens: it lacks {lacking[0]!r}")
+
+
 def _require_same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises RunMismatch naming what is different."""
     for name in now:
@@ -252,7 +270,8 @@ def _require_rows(run: TokenRun, num_rows: int) -> None:
     where = storage.public_url(run.output.url)
     if run.missing:
         more = f" and {len(run.missing) - 1:,} more" if len(run.missing) > 1 else ""
-        raise Damaged(f"{where}: tokens/{run.missing[0]}{more} is missing; `dvae verify {where}` says what else")
+        what = f"tokens/{run.missing[0]}{more} is missing or damaged"
+        raise Damaged(f"{where}: {what}; `dvae verify {where}` says what else")
     if not num_rows:
         raise PipelineError(f"{where} has no token rows yet; `dvae status {where}` says how far it is")
 

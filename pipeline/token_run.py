@@ -60,7 +60,8 @@ class TokenBatch:
 @dataclass(frozen=True)
 class TokenRun:
     """`parts`: all that were committed when the run was opened, by name. Those of shards that are quarantined, or tried
-    again just now, are none of them. `missing`: names of parts that the ledger says are there, and that are not."""
+    again just now, are none of them. `missing`: names of parts that the ledger knows and that are not there, or
+    damaged. What it doesn't know and is no whole part of the run is passed over with a warning."""
 
     output: OutputPrefix
     description: Mapping[str, Any]  # run.json
@@ -162,15 +163,15 @@ def _read_rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) ->
 
 
 def _committed(output: OutputPrefix, table: TableSpec) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-    """The parts by name, and the names of those that are missing. A part without a row, or of another size than its
-    row says, is newer than the ledger: its footer tells."""
+    """The parts by name, and the names of those that the ledger knows and that are not there, or not whole. A part
+    without a row, or of another size than its row says, is newer than the ledger: its footer tells."""
     rows = {row.part or part_name(row.shard): row for row in Ledger(output).read().values()}
     files = {name: info for name, info in listed(output.tokens_folder()).items() if name.endswith(".parquet")}
     done = {name: row for name, row in rows.items() if row.state is ShardState.DONE}
     parts = {name: _part(files[name], row) for name, row in done.items() if _is_as_recorded(files.get(name), row)}
     newer = [info for name, info in files.items() if name not in parts and (name not in rows or name in done)]
     parts |= _by_footers(newer, table)
-    return tuple(parts[name] for name in sorted(parts)), tuple(sorted(done.keys() - files.keys()))
+    return tuple(parts[name] for name in sorted(parts)), tuple(sorted(done.keys() - parts.keys()))
 
 
 def _is_as_recorded(file: ObjectInfo | None, row: ShardResult) -> bool:

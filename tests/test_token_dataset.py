@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from jobs.token_dataset import TokenDataset, TokenLoader, TokenRows
 from make_tokens import TokenWorld
-from pipeline.errors import NoRun, RunMismatch
+from pipeline.errors import NoRun, PipelineError, RunMismatch
 from pipeline.token_run import TokenRun
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -131,6 +131,23 @@ def test_a_state_of_another_number_of_workers_or_ranks_is_refused_but_at_an_epoc
     for loader in (TokenLoader(dataset(run)), TokenLoader(dataset(run, 0, 2), 3)):
         loader.load_state_dict(end)
         assert next(iter(loader)).state["epoch"] == 1
+        assert next(iter(loader)).state["num_batches"] == 2  # broken off, and gone on with
+
+
+def test_what_would_change_the_order_behind_its_back_is_refused(run: TokenRun) -> None:
+    for option in ({"in_order": False}, {"batch_size": 4}, {"shuffle": True}):
+        with pytest.raises(ValueError, match=f"TokenLoader decides {next(iter(option))} itself"):
+            TokenLoader(dataset(run), 2, **option)
+    with pytest.raises(ValueError, match=r"columns is a list of names: write \['key'\]"):
+        TokenDataset(run, batch_size=4, columns="key")
+    with pytest.raises(RunMismatch, match="no state of a reader of tokens: it lacks 'num_workers'"):
+        TokenLoader(dataset(run)).load_state_dict({"epoch": 0, "num_batches": 1, "order": {}})
+
+
+def test_too_few_rows_for_a_batch_of_each_worker_are_refused_and_not_an_epoch_of_nothing(run: TokenRun) -> None:
+    tokens = TokenDataset(run, batch_size=10**6, drop_last=True, rank=0, world_size=2)
+    with pytest.raises(PipelineError, match="no batch of 1000000 for each of 2 shares; take a smaller batch"):
+        next(iter(TokenLoader(tokens)))
 
 
 def test_a_rank_without_rows_comes_to_the_end_of_its_epoch(tmp_path: Path) -> None:

@@ -201,13 +201,13 @@ def test_a_run_without_rows_or_with_a_part_missing_is_refused(tmp_path: Path) ->
         TokenReader(world.open(), SMALL)
     world.add("/in/a.tar", 5)
     Path(world.output.part(world.add("/in/b.tar", 5))).unlink()
-    with pytest.raises(Damaged, match=r"tokens/b-\w+.parquet is missing; `dvae verify"):
+    with pytest.raises(Damaged, match=r"tokens/b-\w+.parquet is missing or damaged; `dvae verify"):
         TokenReader(world.open(), SMALL)
 
 
 def test_options_that_make_no_sense_are_refused(run: TokenRun) -> None:
-    for changes in ({"batch_size": 0}, {"seed": -1}, {"shuffle_rows": -1}):
-        with pytest.raises(ValueError, match="must be at least"):
+    for changes in ({"batch_size": 0}, {"seed": -1}, {"shuffle_rows": -1}, {"batch_size": 8.0}):
+        with pytest.raises(ValueError, match="must be a whole number of at least"):
             replace(SMALL, **changes)  # type: ignore[arg-type]
     with pytest.raises(PipelineError, match="has no column 'text'"):
         TokenReader(run, replace(SMALL, columns=("text",)))

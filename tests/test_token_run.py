@@ -84,6 +84,15 @@ def test_a_part_that_the_ledger_promises_and_nobody_finds_is_named(world: TokenW
     assert world.open().missing == (gone,)
 
 
+@pytest.mark.parametrize("damage", ["torn", "empty", "another's"])
+def test_a_part_that_the_ledger_knows_and_that_is_not_whole_is_named(world: TokenWorld, damage: str) -> None:
+    path, other = (Path(world.output.part(world.add(f"/in/{name}.tar", rows))) for name, rows in (("a", 5), ("b", 9)))
+    data = {"torn": path.read_bytes()[:-9], "empty": b"", "another's": other.read_bytes()}[damage]
+    path.write_bytes(data)
+    run = world.open()
+    assert run.missing == (path.name,) and [part.shard for part in run.parts] == ["/in/b.tar"]
+
+
 def test_a_growing_run_is_read_as_it_was_when_it_was_opened(world: TokenWorld) -> None:
     world.add("/in/b.tar", 5)
     run = world.open()
