@@ -13,6 +13,7 @@ from rich.console import Console
 from jobs.checkpoints import TokenizerSource, read_head
 from jobs.contact_sheet import contact_sheet_png
 from pipeline import storage
+from pipeline.compact import shard_as_read
 from pipeline.errors import PipelineError, RunMismatch, StorageError
 from pipeline.images import ImageSpec, SampleError, decode_image
 from pipeline.output import OutputPrefix, listed, part_name, require_run
@@ -101,7 +102,7 @@ class Originals:
     """Fetches what the encoder saw, by byte range; each shard is looked up once."""
 
     def __init__(self, output: OutputPrefix, run: dict[str, Any]) -> None:
-        self._output = output
+        self._output, self._is_compacted = output, "compacted" in run
         self._spec = ImageSpec.from_json(run["image_spec"])
         self._problems: dict[str, str] = {}
 
@@ -123,11 +124,16 @@ class Originals:
         """Why the shard cannot be used; empty when it is as it was when it was tokenised."""
         try:
             (info,) = expand([shard])
-            footer = read_footer(self._output.part(part_name(shard)))
+            then = self._when_tokenised(shard)
         except (PipelineError, FileNotFoundError, ValueError) as error:
             return str(error)
-        then, now = (footer["shard_size"], footer["shard_etag"]), (info.size_bytes, info.etag)
-        return "" if then == now else f"{shard} has changed since it was tokenised"
+        return "" if then == (info.size_bytes, info.etag) else f"{shard} has changed since it was tokenised"
+
+    def _when_tokenised(self, shard: str) -> tuple[int, str]:
+        if self._is_compacted:
+            return shard_as_read(self._output, shard)
+        footer = read_footer(self._output.part(part_name(shard)))
+        return footer["shard_size"], footer["shard_etag"]
 
 
 def _why_missing(output: OutputPrefix, keys: set[str]) -> dict[str, str]:

@@ -55,7 +55,12 @@ class Status:
 
 def run_status(output_url: str, *, as_json: bool) -> int:
     """0 for a complete run, 1 for one that is not. Raises NoRun."""
-    status = read_status(OutputPrefix(storage.normalize(output_url)))
+    output = OutputPrefix(storage.normalize(output_url))
+    if "compacted" in (run := require_run(output)):
+        from jobs.compact import run_status_compacted
+
+        return run_status_compacted(output, run, as_json=as_json)
+    status = read_status(output)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps(asdict(status)))

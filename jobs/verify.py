@@ -13,12 +13,16 @@ from rich.markup import escape
 from jobs.progress import JobProgress
 from jobs.sample_report import SampleReport, SampleSettings, sample_lines
 from pipeline import storage
+from pipeline.compact import FileDone
+from pipeline.errors import PipelineError
 from pipeline.lease import Lease, is_held
 from pipeline.ledger import Ledger
+from pipeline.manifest import Totals
 from pipeline.output import OutputPrefix, require_run
 from pipeline.problems import REMEDIES, Problem, ProblemKind
 from pipeline.records import ShardResult, ShardState
 from pipeline.verify import Verification, left_behind, run_problems
+from pipeline.verify_compacted import CompactedRun
 from pipeline.verify_shard import ShardCheck
 
 MAX_SHOWN = 20  # problems of one kind
@@ -84,11 +88,18 @@ def run_verify(
 ) -> int:
     """0 when all is there and right, 1 when anything is not. Raises NoRun, RunHeld, RunMismatch, StorageError."""
     output = OutputPrefix(storage.normalize(output_url))
+    run = require_run(output)
     if sample is not None:
         from jobs.verify_sample import sample_source
 
-        sample_source(require_run(output), sample)  # a wrong checkpoint is said at once
-    report = rebuild_ledger(output, sample) if rebuild else verify(output, quick=quick, sample=sample)
+        sample_source(run, sample)  # a wrong checkpoint is said at once
+    if "compacted" in run:
+        if rebuild or sample is not None:
+            where = f"{storage.public_url(output.url)} is compacted"
+            raise PipelineError(f"{where}: --rebuild-ledger and --sample are for {run['compacted']['source']}")
+        report = verify_compacted(output, quick=quick)
+    else:
+        report = rebuild_ledger(output, sample) if rebuild else verify(output, quick=quick, sample=sample)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps(asdict(report)))
@@ -111,6 +122,27 @@ def verify(output: OutputPrefix, *, quick: bool, sample: SampleSettings | None =
         problems = [verification.ledger_problem, *(p for p in problems if p.kind is not ProblemKind.UNRECORDED)]
     report = _report(output, verification.rows, tally, problems, running=running, quick=quick)
     return _with_sample(report, verification, tally, sample)
+
+
+def verify_compacted(output: OutputPrefix, *, quick: bool) -> Report:
+    """The report of an output of `dvae compact`."""
+    compacted, running = CompactedRun(output), is_held(output)
+    problems: list[Problem] = []
+    files: list[FileDone] = []
+    with JobProgress("files", len(compacted.names)) as progress:
+        for check in compacted.checks(quick=quick):
+            problems += check.problems
+            files += [check.file] if check.file is not None else []
+            progress.advance(1, f"{sum(file.num_rows for file in files):,} images, {len(problems):,} problems")
+    if not problems:  # or the manifest knows of more files than are right
+        problems += compacted.manifest_problems(files)
+    places = [place for file in files for place in file.places]
+    totals = Totals.of(places)
+    num_bytes = sum(file.mark.num_bytes for file in files)
+    return Report(
+        output.url, compacted.run["tokenizer_id"], not problems, running, quick, totals.num_done,
+        totals.num_quarantined, totals.num_rows, totals.num_failed, num_bytes, 0, tuple(problems),
+    )  # fmt: skip
 
 
 def rebuild_ledger(output: OutputPrefix, sample: SampleSettings | None = None) -> Report:

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline import storage
 from pipeline.output import OutputPrefix
@@ -14,9 +14,22 @@ from pipeline.records import ShardResult, ShardState
 from pipeline.token_table import TableSpec
 
 
+class Counted(Protocol):
+    """A row of the ledger, or of the map of a compacted run."""
+
+    @property
+    def state(self) -> ShardState: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_failed(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Totals:
-    """Sums over ledger rows."""
+    """Sums over shards."""
 
     num_done: int
     num_quarantined: int
@@ -24,7 +37,7 @@ class Totals:
     num_failed: int
 
     @classmethod
-    def of(cls, rows: Iterable[ShardResult]) -> Totals:
+    def of(cls, rows: Iterable[Counted]) -> Totals:
         every = list(rows)
         num_done = sum(row.state is ShardState.DONE for row in every)
         num_failed = sum(row.num_failed for row in every)

@@ -69,9 +69,9 @@ def read_part(part: ObjectInfo, table: TableSpec) -> PartContent:
     head = _part_head(data, table)
     rows = _all_rows(data)
     sha256 = hashlib.sha256(data).hexdigest()
-    if not _has_schema(rows.schema, token_schema(table)):
+    if not has_schema(rows.schema, token_schema(table)):
         return PartContent(head.footer, head.num_rows, head.faults, sha256)
-    faults = (*head.faults, *_row_faults(rows, head.footer, table))
+    faults = (*head.faults, *row_faults(rows, head.footer["shard"], head.footer["shard_size"], table))
     return PartContent(head.footer, head.num_rows, faults, sha256, _index(rows))
 
 
@@ -105,7 +105,7 @@ def _part_head(data: bytes, table: TableSpec) -> PartContent:
     if strange := [name for name, kind in FOOTER_FIELDS.items() if not isinstance(footer.get(name), kind)]:
         raise NotOurs(f"its footer does not say {', '.join(strange)}")
     faults = list(_footer_faults(footer, table))
-    if not _has_schema(schema, token_schema(table)):
+    if not has_schema(schema, token_schema(table)):
         faults.append("its Parquet schema is not the run's")
     if metadata.num_rows != footer["num_rows"]:
         faults.append(f"it has {metadata.num_rows} rows, its footer says {footer['num_rows']}")
@@ -114,7 +114,7 @@ def _part_head(data: bytes, table: TableSpec) -> PartContent:
 
 def _errors_head(data: bytes) -> int:
     metadata = _metadata(data)
-    if not _has_schema(metadata.schema.to_arrow_schema(), ERRORS_SCHEMA):
+    if not has_schema(metadata.schema.to_arrow_schema(), ERRORS_SCHEMA):
         raise NotOurs("its Parquet schema is not that of errors")
     return int(metadata.num_rows)
 
@@ -135,7 +135,7 @@ def _all_rows(data: bytes) -> pa.Table:
         raise NotWhole(f"its rows cannot be read ({error})") from error
 
 
-def _has_schema(found: pa.Schema, wanted: pa.Schema) -> bool:
+def has_schema(found: pa.Schema, wanted: pa.Schema) -> bool:
     """In every name too: pyarrow's own comparison passes over that of a list's child."""
     return str(found.remove_metadata()) == str(wanted)
 
@@ -150,7 +150,8 @@ def _index(rows: pa.Table) -> NDArray[np.int32]:
     return np.asarray(rows["index"].to_numpy(), np.int32)
 
 
-def _row_faults(rows: pa.Table, footer: dict[str, Any], table: TableSpec) -> Iterator[str]:
+def row_faults(rows: pa.Table, shard: str, shard_bytes: int, table: TableSpec) -> Iterator[str]:
+    """What cannot be right in the rows of one shard."""
     tokens = rows["tokens"].combine_chunks().flatten().to_numpy()
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < table.codebook_size:
         yield f"it has tokens {tokens.min()}..{tokens.max()}, outside [0, {table.codebook_size})"
@@ -158,10 +159,10 @@ def _row_faults(rows: pa.Table, footer: dict[str, Any], table: TableSpec) -> Ite
         yield f"{repeated} of its keys come twice"
     if (np.diff(_index(rows)) <= 0).any():
         yield "its rows are not in the order of the shard"
-    if set(rows["shard"].unique().to_pylist()) - {footer["shard"]}:
-        yield f"it has rows of other shards than {footer['shard']}"
-    if rows.num_rows and not _lie_within(rows, footer["shard_size"]):
-        yield f"it has images outside the {footer['shard_size']} bytes of its shard"
+    if set(rows["shard"].unique().to_pylist()) - {shard}:
+        yield f"it has rows of other shards than {shard}"
+    if rows.num_rows and not _lie_within(rows, shard_bytes):
+        yield f"it has images outside the {shard_bytes} bytes of its shard"
 
 
 def _lie_within(rows: pa.Table, shard_bytes: int) -> bool:

@@ -24,6 +24,7 @@ from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFai
 SCHEMA_VERSION = 1  # of what is written; tests/golden has a part of each that ever was
 READABLE_VERSIONS = frozenset({1})
 ROW_GROUP_ROWS = 2048  # the writer holds about 10 KB a row of 1,024 tokens until a group is whole
+WRITE_OPTIONS = {"compression": "zstd", "use_dictionary": True, "write_page_checksum": True}
 INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
 # Pages carry a checksum, so that flipped bytes are an error wherever a part is read, not other tokens.
 CHECKED_PARQUET = ds.ParquetFileFormat(
@@ -136,7 +137,7 @@ def part_bytes(
         "num_rows": len(samples),
         "num_failed": num_failed,
     }
-    schema = token_schema(spec).with_metadata({b"dvae": _canonical(footer)})
+    schema = schema_with_footer(spec, footer)
     return _parquet(pa.Table.from_arrays(_columns(spec, shard, samples, tokens_BN, schema), schema=schema))
 
 
@@ -184,15 +185,16 @@ def errors_bytes(shard: ObjectInfo, failures: Sequence[SampleFailure]) -> bytes:
     return _parquet(pa.Table.from_pylist(rows, schema=ERRORS_SCHEMA))
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+def schema_with_footer(spec: TableSpec, footer: Mapping[str, Any]) -> pa.Schema:
+    """Whoever writes a table of it writes `footer`, JSON under the key `dvae`, into the file's own footer."""
+    return token_schema(spec).with_metadata(
+        {b"dvae": json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()}
+    )
 
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", use_dictionary=True, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
-    )
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, **WRITE_OPTIONS)
     return bytes(sink.getvalue())
 
 

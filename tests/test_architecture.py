@@ -27,6 +27,7 @@ DOORS = {
     "pyarrow": {
         "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
         "pipeline/token_run.py", "pipeline/token_reader.py",
+        "pipeline/compact_file.py",
     },
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py", "jobs/token_dataset.py"},
@@ -43,11 +44,12 @@ DOORS = {
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},
     "pydantic": {"jobs"},
-    "typer": {"jobs/cli.py", "jobs/cli_models.py"},
+    "typer": {"jobs/cli.py", "jobs/cli_models.py", "jobs/cli_tokens.py"},
     "rich": {"jobs"},
     "aiohttp": {"pipeline/storage.py", "jobs/submit.py"},  # its timeouts; Ray's Jobs client raises its errors
     "duckdb": {"jobs/demo_queries.py"},
     "skimage": {"jobs/demo_images.py"},
+    "deltalake": {"pipeline/delta_table.py"},
     "jinja2": {"jobs/report_page.py"},
     "markupsafe": {"jobs/report_page.py", "jobs/report_charts.py"},
 }  # fmt: skip

@@ -1,0 +1,122 @@
+"""`dvae compact`: a finished run as fewer, larger files in another place, and what status and verify say of those."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from jobs.command_line import say, typed_command
+from jobs.progress import JobProgress
+from jobs.wording import size
+from pipeline import storage
+from pipeline.compact import Compaction, FileDone, Group
+from pipeline.errors import StorageError
+from pipeline.lease import Lease, is_held
+from pipeline.output import OutputPrefix, read_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """`num_bytes` and `part_bytes` are of tokens/ alone, here and there."""
+
+    source: str
+    dest: str
+    num_shards: int
+    num_quarantined: int
+    num_rows: int
+    num_failed: int
+    num_parts: int
+    part_bytes: int
+    num_files: int
+    num_bytes: int
+    num_files_before: int  # that an earlier start had made
+
+
+def run_compact(output_url: str, dest_url: str, *, target_bytes: int, as_json: bool) -> int:
+    """0 when every row is in its place and was read back, 1 when it ended before. Raises PipelineError when nothing
+    was begun, RunHeld."""
+    source, dest = OutputPrefix(storage.normalize(output_url)), OutputPrefix(storage.normalize(dest_url))
+    compaction = Compaction(source, dest, target_bytes)
+    with Lease(dest) as lease:
+        before = compaction.begin()
+        try:
+            files = [*before, *_copied(compaction, before, lease)]
+            manifest = compaction.finish(sorted(files, key=lambda file: file.name))
+        except StorageError as error:
+            say(f"dvae: {error}\nnot complete; {source.url} is untouched. To go on:\n  {typed_command()}")
+            return 1
+    _say(_report(compaction, manifest, len(before)), as_json=as_json)
+    return 0
+
+
+def _copied(compaction: Compaction, before: list[FileDone], lease: Lease) -> Iterator[FileDone]:
+    done = {file.name for file in before}
+    left = [group for group in compaction.groups if group.name not in done]
+    with JobProgress("files", len(compaction.groups), len(done)) as progress:
+        for group in left:
+            lease.check()
+            yield compaction.copy(group)
+            progress.advance(1, _line(group))
+
+
+def _line(group: Group) -> str:
+    return f"{len(group.rows):,} shards, {size(group.part_bytes)}"
+
+
+def _report(compaction: Compaction, manifest: dict[str, Any], num_before: int) -> CompactReport:
+    rows = [row for group in compaction.groups for row in group.rows]
+    return CompactReport(
+        compaction.source.url, compaction.dest.url, len(rows), manifest["num_quarantined"], manifest["num_rows"],
+        manifest["num_failed"], manifest["num_done"], sum(row.part_bytes for row in rows), len(manifest["parts"]),
+        sum(part["bytes"] for part in manifest["parts"]), num_before,
+    )  # fmt: skip
+
+
+def _say(report: CompactReport, *, as_json: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(asdict(report)))
+        return
+    files = f"{report.num_files:,} files, {size(report.num_bytes)}"
+    kept = f" ({report.num_files_before:,} were there)" if report.num_files_before else ""
+    for name, value in (
+        ("compacted", f"{report.num_parts:,} parts, {size(report.part_bytes)} -> {files}{kept}"),
+        ("rows", f"{report.num_rows:,}, of {report.num_shards:,} shards; {report.num_failed:,} errors"),
+        ("verified", "each file was read back, and has the rows of its parts"),
+        ("read", f"{report.dest} (the map of shards: {report.dest}/shards)"),
+        ("untouched", f"{report.source}: to be removed by you, if at all"),
+    ):
+        console.print(f"{name:<12}{escape(value)}")
+
+
+# What `dvae status` says of a compacted run
+
+
+def run_status_compacted(output: OutputPrefix, run: dict[str, Any], *, as_json: bool) -> int:
+    """0 for a complete one, 1 for one that is not."""
+    manifest = read_json(output.file("manifest.json"))
+    state = "running" if is_held(output) else "complete" if manifest else "stopped"
+    totals = {name: value for name, value in (manifest or {}).items() if name.startswith("num_")}
+    parts = (manifest or {}).get("parts", [])
+    status = {
+        "output": output.url, "state": state, "tokenizer_id": run["tokenizer_id"], "compacted": run["compacted"],
+        **totals, "num_files": len(parts), "file_bytes": sum(part["bytes"] for part in parts),
+    }  # fmt: skip
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(status))
+    else:
+        console.print(f"run         {escape(output.url)}\nstate       {state}")
+        console.print(f"compacted   from {escape(run['compacted']['source'])}")
+        if manifest:
+            console.print(f"files       {len(parts):,}, {size(status['file_bytes'])}")
+            console.print(f"images      {manifest['num_rows']:,} tokenised, {manifest['num_failed']:,} failed")
+    return 0 if state == "complete" else 1

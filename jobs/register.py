@@ -1,0 +1,41 @@
+"""`dvae register`: what is committed of a run, as a version of a Delta Lake table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.delta_table import Registered, register
+from pipeline.token_run import TokenRun
+
+MAX_SHOWN = 5
+
+
+def run_register(output_url: str, *, as_json: bool) -> int:
+    """0, or 1 where parts are missing that the ledger knows: the table has the others. Raises PipelineError."""
+    run = TokenRun.open(output_url)
+    registered = register(run)
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps({**asdict(registered), "missing": run.missing}))
+    else:
+        _print(registered, run.missing, console)
+    return 1 if run.missing else 0
+
+
+def _print(registered: Registered, missing: tuple[str, ...], console: Console) -> None:
+    changes = f"{registered.num_added:,} parts new, {registered.num_removed:,} gone"
+    is_new = registered.num_added or registered.num_removed
+    for name, value in (
+        ("table", registered.url),
+        ("version", f"{registered.version} ({changes if is_new else 'nothing has changed since'})"),
+        ("parts", f"{registered.num_parts:,}"),
+        ("rows", f"{registered.num_rows:,}"),
+    ):
+        console.print(f"{name:<12}{escape(value)}")
+    if missing:
+        named = ", ".join(missing[:MAX_SHOWN])
+        console.print(f"missing     {len(missing):,} parts ({escape(named)}): dvae verify says more")

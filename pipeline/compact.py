@@ -1,0 +1,294 @@
+"""A finished run as fewer, larger files below another prefix: the same rows, sorted by shard and place in it.
+
+    run.json     that of the run, with `compacted`: what was compacted, and how; written first
+    tokens/      rows-<number>-<hash>.parquet: the rows of many shards, whole parts one after another
+    errors/      the errors of the same shards, under the same name
+    shards/      the map, under the same name: a row for each shard; written last, and says that the others are right
+    manifest.json  totals and files; written when all are there
+
+A file is a pure function of its parts, so a compaction that was killed goes on with the files that have no map yet.
+What was compacted is never written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from pipeline import compact_file, storage
+from pipeline.compact_file import ShardPlace
+from pipeline.errors import Damaged, PipelineError, RunMismatch
+from pipeline.ledger import Ledger
+from pipeline.manifest import Totals
+from pipeline.map_ahead import map_ahead
+from pipeline.output import OutputPrefix, listed, part_name, read_run, require_run, table_of
+from pipeline.records import ShardResult, ShardState
+from pipeline.token_table import ERRORS_SCHEMA, TableSpec, token_schema
+
+READERS = 8  # of parts, which are all held until their file is written
+TARGET_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Group:
+    """The shards that go into one file. `name`: from its number, and from what is put together."""
+
+    name: str
+    rows: tuple[ShardResult, ...]
+
+    @property
+    def part_bytes(self) -> int:
+        return sum(row.part_bytes for row in self.rows)
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """What must be at a URL. `sha256` is None where nobody knows (a part that was found after a kill: its pages have
+    their checksums)."""
+
+    num_bytes: int
+    sha256: str | None
+
+    @classmethod
+    def of(cls, data: bytes) -> FileMark:
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    def fits(self, data: bytes) -> bool:
+        return len(data) == self.num_bytes and self.sha256 in (None, hashlib.sha256(data).hexdigest())
+
+
+NO_FILE = FileMark(0, None)
+
+
+@dataclass(frozen=True)
+class FileDone:
+    """One file that is there, as its store gave it back."""
+
+    name: str
+    num_rows: int
+    num_failed: int
+    mark: FileMark
+    errors_mark: FileMark
+    places: tuple[ShardPlace, ...]
+    map_sha256: str
+
+    @classmethod
+    def read(cls, map_url: str) -> FileDone:
+        """From its map. Raises FileNotFoundError, StorageError, Damaged."""
+        data = storage.read_bytes(map_url)
+        try:
+            return cls.of(data)
+        except (Damaged, ValueError, LookupError) as error:
+            remedy = "remove it, and dvae compact makes its file anew"
+            raise Damaged(f"{storage.public_url(map_url)} is no map of shards ({error}): {remedy}") from error
+
+    @classmethod
+    def of(cls, map_bytes: bytes) -> FileDone:
+        places = compact_file.read_map(map_bytes)
+        first, totals = places[0], Totals.of(places)
+        mark, errors_mark = FileMark(first.file_bytes, first.file_sha256), NO_FILE
+        sha256 = hashlib.sha256(map_bytes).hexdigest()
+        if first.errors_sha256 is not None:
+            errors_mark = FileMark(first.errors_bytes, first.errors_sha256)
+        return cls(first.file, totals.num_rows, totals.num_failed, mark, errors_mark, tuple(places), sha256)
+
+
+def shard_as_read(output: OutputPrefix, shard: str) -> tuple[int, str]:
+    """Size and etag of a shard when it was tokenised, by the map of a compacted run. Raises StorageError."""
+    found = compact_file.find_shard([info.url for info in storage.list_files(shards_folder(output))], shard)
+    if found is None:
+        raise Damaged(f"no map below {storage.public_url(shards_folder(output))} knows {shard}")
+    return found
+
+
+def shards_folder(output: OutputPrefix) -> str:
+    return output.file("shards")
+
+
+class Compaction:
+    """What is to be put together, and how far it is. Raises PipelineError, saying what is wrong, before anything is
+    written: NoRun, a run that is not complete, files that its ledger does not know, or another thing at `dest`."""
+
+    def __init__(self, source: OutputPrefix, dest: OutputPrefix, target_bytes: int = TARGET_BYTES) -> None:
+        _require_apart(source, dest)
+        self.source, self.dest = source, dest
+        self._run = require_run(source)
+        self.table = table_of(source, self._run)
+        rows = _whole_run(source, self._run)
+        self.groups = list(_groups(rows, target_bytes))
+        snapshot = hashlib.sha256("\n".join(group.name for group in self.groups).encode()).hexdigest()
+        self._compacted = {
+            "source": storage.public_url(source.url), "target_bytes": target_bytes, "snapshot": snapshot,
+            "order": ["shard", "index"],
+        }  # fmt: skip
+        _require_room(dest, self._compacted)
+
+    def begin(self) -> list[FileDone]:
+        """Claim `dest`, which the caller holds; what an earlier start has done there."""
+        storage.remove_temporaries(self.dest.url)
+        url = self.dest.file("run.json")
+        if not storage.exists(url):
+            storage.publish(url, _json({**self._run, "compacted": self._compacted}))
+        maps = listed(shards_folder(self.dest))
+        return [FileDone.read(maps[group.name].url) for group in self.groups if group.name in maps]
+
+    def copy(self, group: Group) -> FileDone:
+        """Write one file, read it back, hold it against its parts, and say in its map that it is right. Takes memory
+        for its parts three times. Raises Damaged, StorageError."""
+        parts = _fetched(group.rows, self._part)
+        errors = _fetched(group.rows, self._errors)
+        totals = Totals.of(group.rows)
+        footer = {"num_rows": totals.num_rows, "num_failed": totals.num_failed, "num_shards": len(group.rows)}
+        errors_mark = NO_FILE
+        if errors:
+            url = self.dest.errors(group.name)
+            errors_mark = _write(url, lambda: compact_file.merged_errors(errors), errors, ERRORS_SCHEMA)
+        make = partial(compact_file.merged_rows, self.table, parts, footer)
+        mark = _write(self.dest.part(group.name), make, parts, token_schema(self.table))
+        places = _places(group, mark, errors_mark)
+        data = compact_file.map_bytes(places)
+        storage.publish(storage.join(shards_folder(self.dest), group.name), data)
+        return FileDone.of(data)
+
+    def finish(self, files: Sequence[FileDone]) -> dict[str, Any]:
+        """Write manifest.json, once every file has a map. Raises Damaged where one is not there any more."""
+        there = listed(self.dest.tokens_folder())
+        for file in files:
+            if file.name not in there or there[file.name].size_bytes != file.mark.num_bytes:
+                raise Damaged(f"{storage.public_url(self.dest.part(file.name))} is not what was written there")
+        manifest = manifest_of(self.table, self._compacted, files)
+        storage.publish(self.dest.file("manifest.json"), _json(manifest))
+        return manifest
+
+    def _part(self, row: ShardResult) -> bytes | None:
+        if row.state is not ShardState.DONE:
+            return None
+        return read_marked(self.source.part(str(row.part)), FileMark(row.part_bytes, row.sha256))
+
+    def _errors(self, row: ShardResult) -> bytes | None:
+        has_errors = row.num_failed or row.state is ShardState.QUARANTINED
+        return storage.read_bytes(self.source.errors(part_name(row.shard))) if has_errors else None
+
+
+def _write(url: str, make: Callable[[], bytes], files: Sequence[bytes], schema: Any) -> FileMark:
+    """The mark of what is at `url` then: what `make` gives, and the rows of `files`, as the store gives it back."""
+    mark = FileMark.of(data := make())
+    storage.publish(url, data)
+    del data
+    try:
+        compact_file.require_same_rows(read_marked(url, mark), files, schema)
+    except Damaged as error:
+        raise Damaged(f"{storage.public_url(url)}: {error}; run the same command again") from error
+    return mark
+
+
+def read_marked(url: str, mark: FileMark) -> bytes:
+    """Raises Damaged where the bytes have another mark, FileNotFoundError, StorageError."""
+    for _ in range(2):  # a network damages bytes too, but not twice the same
+        data = storage.read_bytes(url)
+        if mark.fits(data):
+            return data
+    raise Damaged(f"{storage.public_url(url)} has other bytes than were recorded: {len(data):,} of {mark.num_bytes:,}")
+
+
+def manifest_of(table: TableSpec, compacted: Any, files: Sequence[FileDone]) -> dict[str, Any]:
+    places = [place for file in files for place in file.places]
+    parts = [
+        {
+            "part": file.name, "num_rows": file.num_rows, "num_failed": file.num_failed,
+            "num_shards": len(file.places), "bytes": file.mark.num_bytes, "sha256": file.mark.sha256,
+            "map_sha256": file.map_sha256,
+        }
+        for file in files
+    ]  # fmt: skip
+    return {**table.to_json(), **asdict(Totals.of(places)), "compacted": compacted, "parts": parts}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+# What is to be put together
+
+
+def _require_apart(source: OutputPrefix, dest: OutputPrefix) -> None:
+    one, other = source.url.rstrip("/") + "/", dest.url.rstrip("/") + "/"
+    if one.startswith(other) or other.startswith(one):
+        where = storage.public_url(dest.url)
+        raise PipelineError(f"{where} and the run lie in each other: name a place of its own for what is compacted")
+
+
+def _whole_run(source: OutputPrefix, run: dict[str, Any]) -> list[ShardResult]:
+    """The ledger's rows of all shards that have a part or are quarantined, by shard, where the folder agrees."""
+    where = storage.public_url(source.url)
+    if "compacted" in run:
+        raise PipelineError(f"{where} is compacted already: name the run that it was made of")
+    if not storage.exists(source.file("manifest.json")):
+        raise PipelineError(f"{where} is not complete (no manifest.json): run dvae tokenize to its end first")
+    rows = [row for row in Ledger(source).read().values() if row.state is not ShardState.REMOVED]
+    recorded = {row.part: row.part_bytes for row in rows if row.state is ShardState.DONE}
+    there = {name: info.size_bytes for name, info in listed(source.tokens_folder()).items()}
+    if wrong := sorted(str(name) for name, _ in recorded.items() ^ there.items()):
+        what = f"{wrong[0]} and {len(wrong) - 1:,} more" if len(wrong) > 1 else wrong[0]
+        raise PipelineError(f"{where}: tokens/ is not what the ledger says ({what}): dvae verify says what is wrong")
+    return sorted(rows, key=lambda row: row.shard)
+
+
+def _groups(rows: Sequence[ShardResult], target_bytes: int) -> Iterator[Group]:
+    """Whole parts, as many as come to `target_bytes`, one at least."""
+    waiting: list[ShardResult] = []
+    waiting_bytes = number = 0
+    for row in rows:
+        if waiting and waiting_bytes + row.part_bytes > target_bytes:
+            yield _group(number, waiting)
+            waiting, waiting_bytes, number = [], 0, number + 1
+        waiting.append(row)
+        waiting_bytes += row.part_bytes
+    if waiting:
+        yield _group(number, waiting)
+
+
+def _group(number: int, rows: Sequence[ShardResult]) -> Group:
+    """Its name changes with whatever its bytes depend on."""
+    marks = [(r.shard, r.size_bytes, r.etag, r.state, r.part_bytes, r.sha256, r.num_failed) for r in rows]
+    return Group(f"rows-{number:06d}-{hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:8]}.parquet", tuple(rows))
+
+
+def _require_room(dest: OutputPrefix, compacted: dict[str, Any]) -> None:
+    run, where = read_run(dest), storage.public_url(dest.url)
+    if run is None:
+        folders = (dest.tokens_folder(), dest.errors_folder(), shards_folder(dest))
+        if any(storage.list_files(folder) for folder in folders):
+            raise RunMismatch(f"{where} holds files, and no run.json says whose: name an empty place")
+    elif "compacted" not in run:
+        raise RunMismatch(f"{where} holds a run of its own: name an empty place")
+    elif run["compacted"] != compacted:
+        raise RunMismatch(
+            f"{where} holds another compaction: of another run, an earlier state of this one, or another "
+            "--target-bytes; name an empty place"
+        )
+
+
+def _fetched(rows: Sequence[ShardResult], fetch: Callable[[ShardResult], bytes | None]) -> list[bytes]:
+    try:
+        return [data for data in map_ahead(fetch, rows, threads=READERS) if data is not None]
+    except (FileNotFoundError, Damaged) as error:
+        raise Damaged(f"the run cannot be read: {storage.public_text(str(error))}; dvae verify says more") from error
+
+
+def _places(group: Group, mark: FileMark, errors_mark: FileMark) -> list[ShardPlace]:
+    places, first_row = [], 0
+    for row in group.rows:
+        places.append(
+            ShardPlace(
+                row.shard, row.size_bytes, row.etag, row.state, row.part, row.sha256, group.name, first_row,
+                row.num_rows, row.num_failed, mark.num_bytes, str(mark.sha256), errors_mark.num_bytes,
+                errors_mark.sha256,
+            )
+        )  # fmt: skip
+        first_row += row.num_rows
+    return places
