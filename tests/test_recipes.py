@@ -16,8 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.compact import run_compact
 from make_data import image_bytes
 from pipeline import storage
+from pipeline.delta_table import register
+from pipeline.token_run import TokenRun
 from small_run import tokenize_all, write_captioned
 
 README = Path(__file__).parents[1] / "pipeline" / "README.md"
@@ -59,6 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first += len(captions)
     tokenize_all(f"{folder}/shards", f"{folder}/my-run", side=2)
     tokenize_all(f"{folder}/shards", f"{folder}/other-run", side=4)
+    register(TokenRun.open(f"{folder}/my-run"))
+    assert run_compact(f"{folder}/my-run", f"{folder}/compacted", target_bytes=1 << 30, as_json=True) == 0
     scores = "\n".join(f"img{n:05d},{n / 10}" for n in range(first))
     (folder / "scores.csv").write_text(f"key,score\n{scores}\nnot-mine,0.9\n")
     return folder
@@ -117,7 +122,20 @@ def both(rows: list[dict[str, Any]]) -> Rows:
     return [(row["key"], 4, 16) for row in rows]
 
 
-ANSWERS = {answer.__name__: answer for answer in (most_used, found, nearest, drift, joined, failed, both)}
+def place(rows: list[dict[str, Any]]) -> Rows:
+    sizes = [sum(caption is not None for caption in captions) for captions in CAPTIONS]
+    shards = sorted({row["shard"] for row in rows})
+    failed = [len(captions) - size for captions, size in zip(CAPTIONS, sizes, strict=True)]
+    return list(zip(shards, [0, sizes[0], sizes[0] + sizes[1]], sizes, failed, strict=True))
+
+
+def in_shard(rows: list[dict[str, Any]]) -> Rows:
+    return [(row["shard"], row["index"], row["key"]) for row in rows if "photos-1" in row["shard"]]
+
+
+ANSWERS = {
+    answer.__name__: answer for answer in (most_used, found, nearest, drift, joined, failed, both, place, in_shard)
+}
 
 
 def plain(answer: Any) -> Rows:
