@@ -14,7 +14,9 @@ Output = Annotated[str, typer.Argument(help="output of dvae tokenize")]
 def compact(
     output: Output,
     dest: Annotated[str, typer.Argument(help="an empty place for the larger files", metavar="DEST")],
-    target_bytes: Annotated[int, typer.Option(help="most bytes of a file, but for one larger part", min=1)] = 256 << 20,
+    target_bytes: Annotated[
+        int, typer.Option(help="most bytes of a file, but for a larger part; three times that in memory", min=1)
+    ] = 256 << 20,
     as_json: AsJson = False,
 ) -> int:
     """The same rows in fewer, larger files elsewhere, read back before it says done. OUTPUT is never written to."""

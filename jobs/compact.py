@@ -15,10 +15,11 @@ from jobs.command_line import say, typed_command
 from jobs.progress import JobProgress
 from jobs.wording import size
 from pipeline import storage
-from pipeline.compact import Compaction, FileDone, Group
+from pipeline.compact import Compaction, Group
+from pipeline.compacted import FileDone, shards_folder
 from pipeline.errors import StorageError
 from pipeline.lease import Lease, is_held
-from pipeline.output import OutputPrefix, read_json
+from pipeline.output import OutputPrefix, listed, read_json
 
 log = logging.getLogger(__name__)
 
@@ -104,19 +105,29 @@ def run_status_compacted(output: OutputPrefix, run: dict[str, Any], *, as_json: 
     """0 for a complete one, 1 for one that is not."""
     manifest = read_json(output.file("manifest.json"))
     state = "running" if is_held(output) else "complete" if manifest else "stopped"
+    done = listed(shards_folder(output))
+    files = [info for name, info in listed(output.tokens_folder()).items() if name in done]
     totals = {name: value for name, value in (manifest or {}).items() if name.startswith("num_")}
-    parts = (manifest or {}).get("parts", [])
     status = {
         "output": output.url, "state": state, "tokenizer_id": run["tokenizer_id"], "compacted": run["compacted"],
-        **totals, "num_files": len(parts), "file_bytes": sum(part["bytes"] for part in parts),
+        **totals, "num_files": len(files), "file_bytes": sum(info.size_bytes for info in files),
     }  # fmt: skip
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps(status))
     else:
-        console.print(f"run         {escape(output.url)}\nstate       {state}")
-        console.print(f"compacted   from {escape(run['compacted']['source'])}")
-        if manifest:
-            console.print(f"files       {len(parts):,}, {size(status['file_bytes'])}")
-            console.print(f"images      {manifest['num_rows']:,} tokenised, {manifest['num_failed']:,} failed")
+        for line in _status_lines(status):
+            console.print(line, markup=False)
     return 0 if state == "complete" else 1
+
+
+def _status_lines(status: dict[str, Any]) -> Iterator[str]:
+    yield f"run         {status['output']}"
+    yield f"state       {status['state']}"
+    yield f"tokenizer   {status['tokenizer_id']}"
+    yield f"compacted   from {status['compacted']['source']}"
+    yield f"files       {status['num_files']:,}, {size(status['file_bytes'])}"
+    if "num_rows" in status:
+        yield f"images      {status['num_rows']:,} tokenised, {status['num_failed']:,} failed"
+    else:
+        yield "images      counted when all files are there: the same dvae compact goes on"

@@ -13,7 +13,7 @@ from rich.console import Console
 from jobs.checkpoints import TokenizerSource, read_head
 from jobs.contact_sheet import contact_sheet_png
 from pipeline import storage
-from pipeline.compact import shard_as_read
+from pipeline.compacted import shard_as_read
 from pipeline.errors import PipelineError, RunMismatch, StorageError
 from pipeline.images import ImageSpec, SampleError, decode_image
 from pipeline.output import OutputPrefix, listed, part_name, require_run

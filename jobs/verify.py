@@ -13,7 +13,7 @@ from rich.markup import escape
 from jobs.progress import JobProgress
 from jobs.sample_report import SampleReport, SampleSettings, sample_lines
 from pipeline import storage
-from pipeline.compact import FileDone
+from pipeline.compacted import FileDone
 from pipeline.errors import PipelineError
 from pipeline.lease import Lease, is_held
 from pipeline.ledger import Ledger
@@ -133,11 +133,10 @@ def verify_compacted(output: OutputPrefix, *, quick: bool) -> Report:
         for check in compacted.checks(quick=quick):
             problems += check.problems
             files += [check.file] if check.file is not None else []
-            progress.advance(1, f"{sum(file.num_rows for file in files):,} images, {len(problems):,} problems")
+            progress.advance(1, f"{sum(file.totals.num_rows for file in files):,} images, {len(problems):,} problems")
     if not problems:  # or the manifest knows of more files than are right
         problems += compacted.manifest_problems(files)
-    places = [place for file in files for place in file.places]
-    totals = Totals.of(places)
+    totals = sum((file.totals for file in files), Totals(0, 0, 0, 0))
     num_bytes = sum(file.mark.num_bytes for file in files)
     return Report(
         output.url, compacted.run["tokenizer_id"], not problems, running, quick, totals.num_done,

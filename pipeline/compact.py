@@ -15,22 +15,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from pipeline import compact_file, storage
-from pipeline.compact_file import ShardPlace
+from pipeline.compact_file import Held, ShardPlace
+from pipeline.compacted import (
+    NO_FILE,
+    FileDone,
+    FileMark,
+    manifest_of,
+    publish_map,
+    read_map,
+    read_marked,
+    shards_folder,
+)
 from pipeline.errors import Damaged, PipelineError, RunMismatch
 from pipeline.ledger import Ledger
 from pipeline.manifest import Totals
 from pipeline.map_ahead import map_ahead
 from pipeline.output import OutputPrefix, listed, part_name, read_run, require_run, table_of
 from pipeline.records import ShardResult, ShardState
-from pipeline.token_table import ERRORS_SCHEMA, TableSpec, token_schema
+from pipeline.token_table import ERRORS_SCHEMA, token_schema
 
 READERS = 8  # of parts, which are all held until their file is written
-TARGET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -45,75 +54,11 @@ class Group:
         return sum(row.part_bytes for row in self.rows)
 
 
-@dataclass(frozen=True)
-class FileMark:
-    """What must be at a URL. `sha256` is None where nobody knows (a part that was found after a kill: its pages have
-    their checksums)."""
-
-    num_bytes: int
-    sha256: str | None
-
-    @classmethod
-    def of(cls, data: bytes) -> FileMark:
-        return cls(len(data), hashlib.sha256(data).hexdigest())
-
-    def fits(self, data: bytes) -> bool:
-        return len(data) == self.num_bytes and self.sha256 in (None, hashlib.sha256(data).hexdigest())
-
-
-NO_FILE = FileMark(0, None)
-
-
-@dataclass(frozen=True)
-class FileDone:
-    """One file that is there, as its store gave it back."""
-
-    name: str
-    num_rows: int
-    num_failed: int
-    mark: FileMark
-    errors_mark: FileMark
-    places: tuple[ShardPlace, ...]
-    map_sha256: str
-
-    @classmethod
-    def read(cls, map_url: str) -> FileDone:
-        """From its map. Raises FileNotFoundError, StorageError, Damaged."""
-        data = storage.read_bytes(map_url)
-        try:
-            return cls.of(data)
-        except (Damaged, ValueError, LookupError) as error:
-            remedy = "remove it, and dvae compact makes its file anew"
-            raise Damaged(f"{storage.public_url(map_url)} is no map of shards ({error}): {remedy}") from error
-
-    @classmethod
-    def of(cls, map_bytes: bytes) -> FileDone:
-        places = compact_file.read_map(map_bytes)
-        first, totals = places[0], Totals.of(places)
-        mark, errors_mark = FileMark(first.file_bytes, first.file_sha256), NO_FILE
-        sha256 = hashlib.sha256(map_bytes).hexdigest()
-        if first.errors_sha256 is not None:
-            errors_mark = FileMark(first.errors_bytes, first.errors_sha256)
-        return cls(first.file, totals.num_rows, totals.num_failed, mark, errors_mark, tuple(places), sha256)
-
-
-def shard_as_read(output: OutputPrefix, shard: str) -> tuple[int, str]:
-    """Size and etag of a shard when it was tokenised, by the map of a compacted run. Raises StorageError."""
-    found = compact_file.find_shard([info.url for info in storage.list_files(shards_folder(output))], shard)
-    if found is None:
-        raise Damaged(f"no map below {storage.public_url(shards_folder(output))} knows {shard}")
-    return found
-
-
-def shards_folder(output: OutputPrefix) -> str:
-    return output.file("shards")
-
-
 class Compaction:
     """What is to be put together, and how far it is. Raises PipelineError, saying what is wrong, before anything is
     written: NoRun, a run that is not complete, files that its ledger does not know, or another thing at `dest`."""
 
-    def __init__(self, source: OutputPrefix, dest: OutputPrefix, target_bytes: int = TARGET_BYTES) -> None:
+    def __init__(self, source: OutputPrefix, dest: OutputPrefix, target_bytes: int) -> None:
         _require_apart(source, dest)
         self.source, self.dest = source, dest
         self._run = require_run(source)
@@ -134,11 +79,11 @@ class Compaction:
         if not storage.exists(url):
             storage.publish(url, _json({**self._run, "compacted": self._compacted}))
         maps = listed(shards_folder(self.dest))
-        return [FileDone.read(maps[group.name].url) for group in self.groups if group.name in maps]
+        return [read_map(maps[group.name].url)[0] for group in self.groups if group.name in maps]
 
     def copy(self, group: Group) -> FileDone:
-        """Write one file, read it back, hold it against its parts, and say in its map that it is right. Takes memory
-        for its parts three times. Raises Damaged, StorageError."""
+        """Write one file, read it back, hold it against its parts, and say in its map that it is right. Takes three
+        times its size in memory. Raises Damaged, StorageError."""
         parts = _fetched(group.rows, self._part)
         errors = _fetched(group.rows, self._errors)
         totals = Totals.of(group.rows)
@@ -149,10 +94,7 @@ class Compaction:
             errors_mark = _write(url, lambda: compact_file.merged_errors(errors), errors, ERRORS_SCHEMA)
         make = partial(compact_file.merged_rows, self.table, parts, footer)
         mark = _write(self.dest.part(group.name), make, parts, token_schema(self.table))
-        places = _places(group, mark, errors_mark)
-        data = compact_file.map_bytes(places)
-        storage.publish(storage.join(shards_folder(self.dest), group.name), data)
-        return FileDone.of(data)
+        return publish_map(storage.join(shards_folder(self.dest), group.name), _places(group, mark, errors_mark))
 
     def finish(self, files: Sequence[FileDone]) -> dict[str, Any]:
         """Write manifest.json, once every file has a map. Raises Damaged where one is not there any more."""
@@ -164,48 +106,30 @@ class Compaction:
         storage.publish(self.dest.file("manifest.json"), _json(manifest))
         return manifest
 
-    def _part(self, row: ShardResult) -> bytes | None:
+    def _part(self, row: ShardResult) -> Held | None:
         if row.state is not ShardState.DONE:
             return None
-        return read_marked(self.source.part(str(row.part)), FileMark(row.part_bytes, row.sha256))
+        url = self.source.part(str(row.part))
+        return Held(url, read_marked(url, FileMark(row.part_bytes, row.sha256)))
 
-    def _errors(self, row: ShardResult) -> bytes | None:
-        has_errors = row.num_failed or row.state is ShardState.QUARANTINED
-        return storage.read_bytes(self.source.errors(part_name(row.shard))) if has_errors else None
+    def _errors(self, row: ShardResult) -> Held | None:
+        if not row.num_failed and row.state is ShardState.DONE:
+            return None
+        url = self.source.errors(part_name(row.shard))
+        return Held(url, storage.read_bytes(url))
 
 
-def _write(url: str, make: Callable[[], bytes], files: Sequence[bytes], schema: Any) -> FileMark:
+def _write(url: str, make: Callable[[], bytes], files: Sequence[Held], schema: Any) -> FileMark:
     """The mark of what is at `url` then: what `make` gives, and the rows of `files`, as the store gives it back."""
     mark = FileMark.of(data := make())
     storage.publish(url, data)
     del data
+    there = read_marked(url, mark)
     try:
-        compact_file.require_same_rows(read_marked(url, mark), files, schema)
+        compact_file.require_same_rows(there, files, schema)
     except Damaged as error:
         raise Damaged(f"{storage.public_url(url)}: {error}; run the same command again") from error
     return mark
-
-
-def read_marked(url: str, mark: FileMark) -> bytes:
-    """Raises Damaged where the bytes have another mark, FileNotFoundError, StorageError."""
-    for _ in range(2):  # a network damages bytes too, but not twice the same
-        data = storage.read_bytes(url)
-        if mark.fits(data):
-            return data
-    raise Damaged(f"{storage.public_url(url)} has other bytes than were recorded: {len(data):,} of {mark.num_bytes:,}")
-
-
-def manifest_of(table: TableSpec, compacted: Any, files: Sequence[FileDone]) -> dict[str, Any]:
-    places = [place for file in files for place in file.places]
-    parts = [
-        {
-            "part": file.name, "num_rows": file.num_rows, "num_failed": file.num_failed,
-            "num_shards": len(file.places), "bytes": file.mark.num_bytes, "sha256": file.mark.sha256,
-            "map_sha256": file.map_sha256,
-        }
-        for file in files
-    ]  # fmt: skip
-    return {**table.to_json(), **asdict(Totals.of(places)), "compacted": compacted, "parts": parts}
 
 
 def _json(value: Any) -> bytes:
@@ -273,9 +197,9 @@ def _require_room(dest: OutputPrefix, compacted: dict[str, Any]) -> None:
         )
 
 
-def _fetched(rows: Sequence[ShardResult], fetch: Callable[[ShardResult], bytes | None]) -> list[bytes]:
+def _fetched(rows: Sequence[ShardResult], fetch: Callable[[ShardResult], Held | None]) -> list[Held]:
     try:
-        return [data for data in map_ahead(fetch, rows, threads=READERS) if data is not None]
+        return [held for held in map_ahead(fetch, rows, threads=READERS) if held is not None]
     except (FileNotFoundError, Damaged) as error:
         raise Damaged(f"the run cannot be read: {storage.public_text(str(error))}; dvae verify says more") from error
 

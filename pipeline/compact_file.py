@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.errors import Damaged
 from pipeline.part_check import has_schema
 from pipeline.records import ShardState
@@ -51,6 +52,14 @@ class ShardPlace:
     errors_sha256: str | None
 
 
+@dataclass(frozen=True)
+class Held:
+    """A file of the run, in memory. `url` is for what is said of it."""
+
+    url: str
+    data: bytes
+
+
 _TYPES = {"str": pa.string(), "int": pa.int64(), "ShardState": pa.string()}
 MAP_SCHEMA = pa.schema([
     pa.field(f.name, _TYPES[str(f.type).removesuffix(" | None")], nullable="None" in str(f.type))
@@ -58,15 +67,15 @@ MAP_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-def merged_rows(table: TableSpec, parts: Sequence[bytes], footer: dict[str, Any]) -> bytes:
+def merged_rows(table: TableSpec, parts: Sequence[Held], footer: dict[str, Any]) -> bytes:
     """The rows of these parts, in their order, in row groups of ROW_GROUP_ROWS. Raises Damaged."""
-    tables = (_rows(part, token_schema(table)) for part in parts)
+    tables = (_rows_of(part, token_schema(table)) for part in parts)
     return _written(tables, schema_with_footer(table, {**table.to_json(), **footer}))
 
 
-def merged_errors(files: Sequence[bytes]) -> bytes:
+def merged_errors(files: Sequence[Held]) -> bytes:
     """The same of errors files."""
-    return _written((_rows(file, ERRORS_SCHEMA) for file in files), ERRORS_SCHEMA)
+    return _written((_rows_of(file, ERRORS_SCHEMA) for file in files), ERRORS_SCHEMA)
 
 
 def _written(tables: Iterable[pa.Table], schema: pa.Schema) -> bytes:
@@ -77,13 +86,13 @@ def _written(tables: Iterable[pa.Table], schema: pa.Schema) -> bytes:
     return bytes(sink.getvalue())
 
 
-def require_same_rows(merged: bytes, files: Sequence[bytes], schema: pa.Schema) -> None:
+def require_same_rows(merged: bytes, files: Sequence[Held], schema: pa.Schema) -> None:
     """Raises Damaged unless `merged` has just the rows of `files`, in their order."""
-    groups, lengths = _row_groups(merged, schema), [_opened(file).metadata.num_rows for file in files]
+    groups, lengths = _row_groups(merged, schema), [_opened(file.data).metadata.num_rows for file in files]
     if _opened(merged).metadata.num_rows != sum(lengths):
         raise Damaged(f"{_opened(merged).metadata.num_rows} rows were written of {sum(lengths)}")
     for file, rows in zip(files, cut(groups, lengths, schema), strict=True):
-        if not _is_same(_rows(file, schema), rows):
+        if not _is_same(_rows_of(file, schema), rows):
             raise Damaged("other rows were written than those of the parts")
 
 
@@ -110,6 +119,13 @@ def cut(tables: Iterable[pa.Table], lengths: Iterable[int], schema: pa.Schema) -
             return
         yield waiting.slice(0, length)
         waiting = waiting.slice(length)
+
+
+def _rows_of(file: Held, schema: pa.Schema) -> pa.Table:
+    try:
+        return _rows(file.data, schema)
+    except Damaged as error:
+        raise Damaged(f"{storage.public_url(file.url)}: {error}; dvae verify says more") from error
 
 
 def _rows(data: bytes, schema: pa.Schema) -> pa.Table:

@@ -52,6 +52,14 @@ class Totals:
             self.num_failed + row.num_failed,
         )
 
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.num_done + other.num_done,
+            self.num_quarantined + other.num_quarantined,
+            self.num_rows + other.num_rows,
+            self.num_failed + other.num_failed,
+        )
+
     @property
     def failed_share(self) -> float:
         return self.num_failed / max(1, self.num_rows + self.num_failed)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import compact_file, part_check
-from pipeline.compact import FileDone, manifest_of, read_marked, shards_folder
 from pipeline.compact_file import ShardPlace
+from pipeline.compacted import FileDone, manifest_of, read_map, read_marked, shards_folder
 from pipeline.errors import Damaged
 from pipeline.map_ahead import map_ahead
 from pipeline.output import OutputPrefix, listed, read_json, require_run, table_of
@@ -63,10 +63,10 @@ class CompactedRun:
             folder = "tokens" if name in self._tokens else "errors"
             return FileCheck((Problem(ProblemKind.FOREIGN, f"{folder}/{name}", message),))
         try:
-            file = FileDone.read(self._maps[name].url)
+            file, places = read_map(self._maps[name].url)
         except Damaged as error:
             return FileCheck((Problem(ProblemKind.TORN, f"shards/{name}", str(error)),))
-        problems = tuple(self._sizes(file)) or (() if quick else tuple(self._contents(file)))
+        problems = tuple(self._sizes(file)) or (() if quick else tuple(self._contents(file, places)))
         return FileCheck(problems, None if problems else file)
 
     def _sizes(self, file: FileDone) -> Iterator[Problem]:
@@ -79,17 +79,17 @@ class CompactedRun:
                 kind = ProblemKind.MISSING if not found else ProblemKind.TORN
                 yield Problem(kind, f"{folder}/{file.name}", f"{found:,} bytes of {mark.num_bytes:,}; {AGAIN}")
 
-    def _contents(self, file: FileDone) -> Iterator[Problem]:
+    def _contents(self, file: FileDone, places: list[ShardPlace]) -> Iterator[Problem]:
         folder = "errors"
         try:
             errors = self._failed(file)
             folder = "tokens"
             data = read_marked(self.output.part(file.name), file.mark)
-            lengths = [place.num_rows for place in file.places]
-            for place, rows in zip(file.places, compact_file.read_rows(data, lengths, self.table), strict=True):
+            lengths = [place.num_rows for place in places]
+            for place, rows in zip(places, compact_file.read_rows(data, lengths, self.table), strict=True):
                 for fault in _faults(place, rows, errors.get(place.shard, []), self.table):
                     yield Problem(ProblemKind.WRONG, f"tokens/{file.name}", f"{place.shard}: {fault}; {AGAIN}")
-        except (Damaged, FileNotFoundError) as error:
+        except Damaged as error:
             yield Problem(ProblemKind.TORN, f"{folder}/{file.name}", f"{error}; {AGAIN}")
 
     def _failed(self, file: FileDone) -> Mapping[str, list[int | None]]:

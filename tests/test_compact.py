@@ -20,7 +20,7 @@ from jobs.verify import run_verify
 from make_data import Killed, MortalStore, fake_table
 from pipeline import storage
 from pipeline.compact import Compaction
-from pipeline.compact_file import cut, merged_rows, require_same_rows
+from pipeline.compact_file import Held, cut, merged_rows, require_same_rows
 from pipeline.errors import Damaged, PipelineError, RunMismatch
 from pipeline.metadata import MetadataColumn
 from pipeline.output import OutputPrefix, RunDescription, check_run, require_run
@@ -171,6 +171,15 @@ def test_a_damaged_part_ends_it_with_1_and_what_to_do(
     assert run_status(f"{tmp_path}/dest", as_json=False) == 1
 
 
+def test_a_damaged_errors_file_is_named(
+    source: OutputPrefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = min(Path(source.errors_folder()).iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+    assert compact(source, f"{tmp_path}/dest") == 1
+    assert f"{path}: it is no whole Parquet file" in capsys.readouterr().err
+
+
 def test_a_file_that_the_store_damages_is_not_called_done(
     source: OutputPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,14 +291,15 @@ def test_verify_finds_what_is_wrong(
 # One file
 
 
-def part(first: int, num_rows: int, scores: list[float | None]) -> bytes:
+def part(first: int, num_rows: int, scores: list[float | None]) -> Held:
     table = scored()
     samples = [
         DecodedSample(f"k{first + n}", n, None if n % 2 else n, 1, 2, 3, {"score": scores[n % len(scores)]})
         for n in range(num_rows)
     ]
     tokens_BN = np.arange(first, first + num_rows * 4).reshape(num_rows, 4) % 16
-    return part_bytes(table, ObjectInfo(f"s{first}.tar", 10_000, "e"), samples, tokens_BN, 0)
+    shard = ObjectInfo(f"s{first}.tar", 10_000, "e")
+    return Held(f"{first}.parquet", part_bytes(table, shard, samples, tokens_BN, 0))
 
 
 def scored() -> TableSpec:

@@ -153,8 +153,8 @@ def test_another_runs_table_in_the_same_place_is_refused(output: OutputPrefix) -
 def test_where_there_is_no_run_or_no_store_for_it_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(NoRun):
         run_register(str(tmp_path), as_json=False)
-    write_captioned("memory://shards/a.tar", 0, ["one"])
-    output = tokenize_all("memory://shards", "memory://run")
+    write_captioned("memory://here/shards/a.tar", 0, ["one"])
+    output = tokenize_all("memory://here/shards", "memory://here/run")
     with pytest.raises(PipelineError, match="are for disks"):
         registered(output)
 

@@ -159,8 +159,11 @@ def plain(answer: Any) -> Rows:
 
 @pytest.mark.parametrize(("tool", "code"), blocks())
 def test_each_tool_gives_the_right_answer(
-    tool: str, code: str, folder: Path, rows: list[dict[str, Any]], request: pytest.FixtureRequest
-) -> None:
+    tool: str, code: str, folder: Path, rows: list[dict[str, Any]], request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HOME", str(folder / "huggingface"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for word, fixture in (("Ray", "ray_cluster"), ("S3", "on_s3")):
         if word in tool:
             request.getfixturevalue(fixture)
@@ -178,5 +181,5 @@ def test_every_block_names_its_tool_and_every_tool_answers_the_first_question() 
     text = README.read_text()
     assert len(blocks()) == text.count("```") / 2
     first = {block["tool"].split(":")[0] for block in BLOCK.finditer(text.split("\n## ")[1])}
-    wanted = "DuckDB, DuckDB on S3, Polars, pandas, PyArrow, Hugging Face datasets, Ray Data, Spark"
+    wanted = "DuckDB, DuckDB on S3, Polars, pandas, PyArrow, PyArrow on S3, Hugging Face datasets, Ray Data, Spark"
     assert first == set(wanted.split(", "))
