@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from make_data import fake_table
-from measure_table_size import drawn
+from measure_table_size import Tokens, drawn
 from pipeline import storage
 from pipeline.ledger import Ledger
 from pipeline.manifest import write_manifest
@@ -23,6 +23,7 @@ from pipeline.output import OutputPrefix, RunDescription, claim, part_name
 from pipeline.records import DecodedSample, ObjectInfo, ShardResult, ShardState
 from pipeline.token_table import TableSpec, part_bytes
 
+# B rows of a part, N tokens of a row
 CODES, BITS = 8192, 11.86
 
 
@@ -35,7 +36,7 @@ def make_run(output: OutputPrefix, table: TableSpec, num_parts: int, num_rows: i
     write_manifest(output, table, rows, [])
 
 
-def make_part(output: OutputPrefix, table: TableSpec, number: int, tokens_BN) -> ShardResult:  # type: ignore[no-untyped-def]
+def make_part(output: OutputPrefix, table: TableSpec, number: int, tokens_BN: Tokens) -> ShardResult:
     shard = ObjectInfo(f"s3://images/made/{number:07d}.tar", 1 << 40, f"{number:032x}")
     samples = [
         DecodedSample(f"{number:07d}{n:05d}", n, 1024 + 50_000 * n, 48_211, 512, 384, {}) for n in range(len(tokens_BN))
