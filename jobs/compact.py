@@ -38,7 +38,7 @@ class CompactReport:
     part_bytes: int
     num_files: int
     num_bytes: int
-    num_files_before: int  # that an earlier start had made
+    num_files_before: int  # that an earlier start had made, and that are right
 
 
 def run_compact(output_url: str, dest_url: str, *, target_bytes: int, as_json: bool) -> int:
@@ -47,37 +47,40 @@ def run_compact(output_url: str, dest_url: str, *, target_bytes: int, as_json: b
     source, dest = OutputPrefix(storage.normalize(output_url)), OutputPrefix(storage.normalize(dest_url))
     compaction = Compaction(source, dest, target_bytes)
     with Lease(dest) as lease:
-        before = compaction.begin()
+        compaction.begin()
         try:
-            files = [*before, *_copied(compaction, before, lease)]
-            manifest = compaction.finish(sorted(files, key=lambda file: file.name))
+            files, num_kept = _files(compaction, lease)
+            manifest = compaction.finish(files)
         except StorageError as error:
             say(f"dvae: {error}\nnot complete; {source.url} is untouched. To go on:\n  {typed_command()}")
             return 1
-    _say(_report(compaction, manifest, len(before)), as_json=as_json)
+    _say(_report(compaction, manifest, num_kept), as_json=as_json)
     return 0
 
 
-def _copied(compaction: Compaction, before: list[FileDone], lease: Lease) -> Iterator[FileDone]:
-    done = {file.name for file in before}
-    left = [group for group in compaction.groups if group.name not in done]
-    with JobProgress("files", len(compaction.groups), len(done)) as progress:
-        for group in left:
+def _files(compaction: Compaction, lease: Lease) -> tuple[list[FileDone], int]:
+    """All of them, in their order, and how many of them an earlier start had made."""
+    files, num_kept = [], 0
+    with JobProgress("files", len(compaction.groups)) as progress:
+        for group in compaction.groups:
             lease.check()
-            yield compaction.copy(group)
+            kept = compaction.kept(group)
+            num_kept += kept is not None
+            files.append(kept or compaction.copy(group))
             progress.advance(1, _line(group))
+    return files, num_kept
 
 
 def _line(group: Group) -> str:
     return f"{len(group.rows):,} shards, {size(group.part_bytes)}"
 
 
-def _report(compaction: Compaction, manifest: dict[str, Any], num_before: int) -> CompactReport:
+def _report(compaction: Compaction, manifest: dict[str, Any], num_kept: int) -> CompactReport:
     rows = [row for group in compaction.groups for row in group.rows]
     return CompactReport(
         compaction.source.url, compaction.dest.url, len(rows), manifest["num_quarantined"], manifest["num_rows"],
         manifest["num_failed"], manifest["num_done"], sum(row.part_bytes for row in rows), len(manifest["parts"]),
-        sum(part["bytes"] for part in manifest["parts"]), num_before,
+        sum(part["bytes"] for part in manifest["parts"]), num_kept,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@
     shards/      the map, under the same name: a row for each shard; written last, and says that the others are right
     manifest.json  totals and files; written when all are there
 
-A file is a pure function of its parts, so a compaction that was killed goes on with the files that have no map yet.
+A file is a pure function of its parts, so a compaction that was killed goes on: a file that has a map is read back and
+kept, every other one is made anew.
 What was compacted is never written to.
 """
 
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from pipeline import compact_file, storage
-from pipeline.compact_file import Held, ShardPlace
+from pipeline.compact_file import Held, ShardPlace, map_bytes
 from pipeline.compacted import (
     NO_FILE,
     FileDone,
@@ -36,9 +37,10 @@ from pipeline.ledger import Ledger
 from pipeline.manifest import Totals
 from pipeline.map_ahead import map_ahead
 from pipeline.output import OutputPrefix, listed, part_name, read_run, require_run, table_of
-from pipeline.records import ShardResult, ShardState
+from pipeline.records import ObjectInfo, ShardResult, ShardState
 from pipeline.token_table import ERRORS_SCHEMA, token_schema
 
+log = logging.getLogger(__name__)
 READERS = 8  # of parts, which are all held until their file is written
 
 
@@ -70,38 +72,65 @@ class Compaction:
             "source": storage.public_url(source.url), "target_bytes": target_bytes, "snapshot": snapshot,
             "order": ["shard", "index"],
         }  # fmt: skip
+        self._maps: dict[str, ObjectInfo] = {}  # that an earlier start left
         _require_room(dest, self._compacted)
 
-    def begin(self) -> list[FileDone]:
-        """Claim `dest`, which the caller holds; what an earlier start has done there."""
+    def begin(self) -> None:
+        """Claim `dest`, which the caller holds by now: somebody else may have been there since it was looked at."""
+        _require_room(self.dest, self._compacted)
         storage.remove_temporaries(self.dest.url)
         url = self.dest.file("run.json")
         if not storage.exists(url):
             storage.publish(url, _json({**self._run, "compacted": self._compacted}))
-        maps = listed(shards_folder(self.dest))
-        return [read_map(maps[group.name].url)[0] for group in self.groups if group.name in maps]
+        self._maps = listed(shards_folder(self.dest))
+
+    def kept(self, group: Group) -> FileDone | None:
+        """What an earlier start made of this group, read back; None where it made nothing, or that is damaged or gone.
+        Raises StorageError."""
+        if group.name not in self._maps:
+            return None
+        try:
+            file, _ = read_map(self._maps[group.name].url)
+            for url, mark in (
+                (self.dest.part(group.name), file.mark),
+                (self.dest.errors(group.name), file.errors_mark),
+            ):
+                if mark != NO_FILE:
+                    read_marked(url, mark)
+        except Damaged as error:
+            log.warning("made anew: %s", error)
+            return None
+        wanted = _places(group, file.mark, file.errors_mark)
+        return file if file.map_sha256 == FileMark.of(map_bytes(wanted)).sha256 else None
 
     def copy(self, group: Group) -> FileDone:
-        """Write one file, read it back, hold it against its parts, and say in its map that it is right. Takes three
-        times its size in memory. Raises Damaged, StorageError."""
-        parts = _fetched(group.rows, self._part)
-        errors = _fetched(group.rows, self._errors)
+        """Write one file, once it is held against its parts and the counts of its shards; read it back, and say in its
+        map that it is right. Takes three times its size in memory. Raises Damaged, StorageError."""
+        rows, errors = self._merged(group)
+        mark, errors_mark = FileMark.of(rows), FileMark.of(errors) if errors else NO_FILE
+        places = _places(group, mark, errors_mark)
+        for fault in compact_file.faults(places, rows, errors, self.table):
+            raise Damaged(f"{storage.public_text(fault)}: the run is not what its ledger says; dvae verify says more")
+        _publish(self.dest.part(group.name), rows, mark)
+        if errors:
+            _publish(self.dest.errors(group.name), errors, errors_mark)
+        return publish_map(storage.join(shards_folder(self.dest), group.name), places)
+
+    def _merged(self, group: Group) -> tuple[bytes, bytes]:
+        """The rows and the errors of a group, as files; no bytes for no errors."""
+        parts, errors = _fetched(group.rows, self._part), _fetched(group.rows, self._errors)
         totals = Totals.of(group.rows)
         footer = {"num_rows": totals.num_rows, "num_failed": totals.num_failed, "num_shards": len(group.rows)}
-        errors_mark = NO_FILE
-        if errors:
-            url = self.dest.errors(group.name)
-            errors_mark = _write(url, lambda: compact_file.merged_errors(errors), errors, ERRORS_SCHEMA)
-        make = partial(compact_file.merged_rows, self.table, parts, footer)
-        mark = _write(self.dest.part(group.name), make, parts, token_schema(self.table))
-        return publish_map(storage.join(shards_folder(self.dest), group.name), _places(group, mark, errors_mark))
+        rows = compact_file.merged_rows(self.table, parts, footer)
+        compact_file.require_same_rows(rows, parts, token_schema(self.table))
+        if not errors:
+            return rows, b""
+        merged = compact_file.merged_errors(errors)
+        compact_file.require_same_rows(merged, errors, ERRORS_SCHEMA)
+        return rows, merged
 
     def finish(self, files: Sequence[FileDone]) -> dict[str, Any]:
-        """Write manifest.json, once every file has a map. Raises Damaged where one is not there any more."""
-        there = listed(self.dest.tokens_folder())
-        for file in files:
-            if file.name not in there or there[file.name].size_bytes != file.mark.num_bytes:
-                raise Damaged(f"{storage.public_url(self.dest.part(file.name))} is not what was written there")
+        """Write manifest.json, once every file was kept or copied."""
         manifest = manifest_of(self.table, self._compacted, files)
         storage.publish(self.dest.file("manifest.json"), _json(manifest))
         return manifest
@@ -119,17 +148,10 @@ class Compaction:
         return Held(url, storage.read_bytes(url))
 
 
-def _write(url: str, make: Callable[[], bytes], files: Sequence[Held], schema: Any) -> FileMark:
-    """The mark of what is at `url` then: what `make` gives, and the rows of `files`, as the store gives it back."""
-    mark = FileMark.of(data := make())
+def _publish(url: str, data: bytes, mark: FileMark) -> None:
+    """Raises Damaged where the store does not give it back."""
     storage.publish(url, data)
-    del data
-    there = read_marked(url, mark)
-    try:
-        compact_file.require_same_rows(there, files, schema)
-    except Damaged as error:
-        raise Damaged(f"{storage.public_url(url)}: {error}; run the same command again") from error
-    return mark
+    read_marked(url, mark)
 
 
 def _json(value: Any) -> bytes:
@@ -185,9 +207,11 @@ def _group(number: int, rows: Sequence[ShardResult]) -> Group:
 def _require_room(dest: OutputPrefix, compacted: dict[str, Any]) -> None:
     run, where = read_run(dest), storage.public_url(dest.url)
     if run is None:
-        folders = (dest.tokens_folder(), dest.errors_folder(), shards_folder(dest))
-        if any(storage.list_files(folder) for folder in folders):
-            raise RunMismatch(f"{where} holds files, and no run.json says whose: name an empty place")
+        if strange := next(
+            (info for info in storage.list_files(dest.url) if info.url != dest.file("lease.json")), None
+        ):
+            named = storage.public_url(strange.url)
+            raise RunMismatch(f"{where} holds {named}, and no run.json says whose: name an empty place")
     elif "compacted" not in run:
         raise RunMismatch(f"{where} holds a run of its own: name an empty place")
     elif run["compacted"] != compacted:

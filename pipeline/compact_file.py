@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import Damaged
-from pipeline.part_check import has_schema
+from pipeline.part_check import has_schema, row_faults
 from pipeline.records import ShardState
 from pipeline.token_table import (
     ERRORS_SCHEMA,
@@ -153,14 +153,38 @@ def _readable(read: Callable[[], Any]) -> Any:
         raise Damaged(f"it is no whole Parquet file: {error}") from error
 
 
-def read_rows(data: bytes, lengths: Iterable[int], table: TableSpec) -> Iterator[pa.Table]:
-    """The rows of a merged file in pieces of these lengths. Raises Damaged."""
+def faults(places: Sequence[ShardPlace], rows: bytes, errors: bytes, table: TableSpec) -> Iterator[str]:
+    """What of a merged file and its errors file (no bytes: there is none) is not as the map has it. Raises Damaged."""
+    failed = _failed_indexes(errors) if errors else {}
+    num_rows, lengths = _opened(rows).metadata.num_rows, [place.num_rows for place in places]
+    if num_rows != sum(lengths):
+        yield f"{num_rows} rows of {sum(lengths)}"
+        return
     schema = token_schema(table)
-    return cut(_row_groups(data, schema), lengths, schema)
+    for place, piece in zip(places, cut(_row_groups(rows, schema), lengths, schema), strict=True):
+        for fault in _shard_faults(place, piece, failed.get(place.shard, []), table):
+            yield f"{place.shard}: {fault}"
+    if strange := failed.keys() - {place.shard for place in places}:
+        yield f"{min(strange)}: its errors are among those of other shards"
 
 
-def failed_indexes(data: bytes) -> dict[str, list[int | None]]:
-    """Of a merged errors file: by shard the indexes of what failed, None of a whole shard. Raises Damaged."""
+def _shard_faults(place: ShardPlace, rows: pa.Table, failed: list[int | None], table: TableSpec) -> Iterator[str]:
+    """Rows and errors together must be the samples 0, 1, 2 … of the shard, each once."""
+    yield from row_faults(rows, place.shard, place.size_bytes, table)
+    if place.state is ShardState.QUARANTINED:
+        if failed != [None] or len(rows):
+            yield f"it was given up, and has {len(rows)} rows and {len(failed)} errors"
+        return
+    if (len(rows), len(failed)) != (place.num_rows, place.num_failed):
+        yield f"{len(rows)} rows and {len(failed)} errors of {place.num_rows} and {place.num_failed}"
+        return
+    indexes = [*rows["index"].to_pylist(), *(-1 if index is None else index for index in failed)]
+    if sorted(indexes) != list(range(len(indexes))):
+        yield "its samples are not all accounted for, each once"
+
+
+def _failed_indexes(data: bytes) -> dict[str, list[int | None]]:
+    """By shard the indexes of what failed, None of a whole shard."""
     found: dict[str, list[int | None]] = {}
     rows = _rows(data, ERRORS_SCHEMA)
     for shard, index in zip(rows["shard"].to_pylist(), rows["index"].to_pylist(), strict=True):

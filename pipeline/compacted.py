@@ -84,8 +84,7 @@ def read_map(url: str) -> tuple[FileDone, list[ShardPlace]]:
         places = compact_file.read_map(data)
         return FileDone.of(places, hashlib.sha256(data).hexdigest()), places
     except (FileNotFoundError, Damaged, ValueError, LookupError) as error:
-        remedy = "remove it, and dvae compact makes its file anew"
-        raise Damaged(f"{storage.public_url(url)} is no map of shards ({error}): {remedy}") from error
+        raise Damaged(f"{storage.public_url(url)} is no map of shards: {error}") from error
 
 
 def shard_as_read(output: OutputPrefix, shard: str) -> tuple[int, str]:

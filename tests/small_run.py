@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jobs.compact import run_compact
 from make_data import fake_table, image_bytes, tar_bytes
 from pipeline import storage
 from pipeline.ledger import Ledger
@@ -15,6 +18,7 @@ from pipeline.output import OutputPrefix, RunDescription, claim
 from pipeline.plan import make_plan, record_plan
 from pipeline.records import FailureReason, ShardState
 from pipeline.shard_patterns import expand
+from pipeline.token_run import TokenRun
 from pipeline.token_table import TableSpec
 from pipeline.tokenize_shard import TokenizeJob, TokenizeWorker, quarantine
 
@@ -67,3 +71,33 @@ def tokenize_all(shards: str, output_url: str, side: int = 2, lost: Mapping[str,
     rows = [row for row in ledger.read().values() if row.state is not ShardState.REMOVED]
     write_manifest(output, tokenizer.table, rows, [])
     return output
+
+
+SHARDS: list[list[str | None]] = [["a", "b", None], ["c"], [], ["d\nd", None, "", "<e>"], ["f"], ["g"]]
+LOST = {"photos-4": "it is cut"}  # of `f`
+NUM_ROWS, NUM_FAILED = 7, 2
+
+
+def six_shards(folder: str, output: str) -> OutputPrefix:
+    """A run of SHARDS: NUM_ROWS rows, NUM_FAILED errors and a shard that was given up."""
+    first = 0
+    for number, captions in enumerate(SHARDS):
+        write_captioned(f"{folder}/shards/photos-{number}.tar", first, captions)
+        first += max(1, len(captions))
+    return tokenize_all(f"{folder}/shards", output, lost=LOST)
+
+
+def two_parts(source: OutputPrefix) -> int:
+    """A target that two or three of the parts fit into."""
+    return 2 * max(part.size_bytes for part in TokenRun.open(source.url).parts)
+
+
+def compact(source: OutputPrefix, dest: str, **options: Any) -> int:
+    return run_compact(source.url, dest, **{"target_bytes": two_parts(source), "as_json": True, **options})
+
+
+def damage(path: Path) -> None:
+    """Another bit, the same size."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
