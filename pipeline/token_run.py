@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.errors import Damaged, PipelineError, StorageError
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, listed, part_name, require_run, table_of
+from pipeline.output import OutputPrefix, listed, part_name, read_json, require_run, table_of
 from pipeline.parquet_access import intact, open_parquet
 from pipeline.plan import collector_paused
 from pipeline.records import ObjectInfo, ShardResult, ShardState
@@ -72,10 +72,13 @@ class TokenRun:
     @classmethod
     def open(cls, url: str) -> TokenRun:
         """One reading of run.json and the ledger, one listing of tokens/, and one footer for each part that the ledger
-        doesn't know (all, where there is none). Raises NoRun, RunMismatch (a newer schema), Damaged, StorageError."""
+        doesn't know (all, where there is none); of a compacted run its manifest instead. Raises NoRun, RunMismatch (a
+        newer schema), Damaged, StorageError, PipelineError where a compaction did not come to its end."""
         output = OutputPrefix(storage.normalize(url))
         description = require_run(output)
         table = table_of(output, description)
+        if "compacted" in description:
+            return cls(output, description, table, *_compacted(output))
         with collector_paused():
             parts, missing = _committed(output, table)
             if missing:  # or dropped between the reading and the listing
@@ -172,6 +175,22 @@ def _committed(output: OutputPrefix, table: TableSpec) -> tuple[tuple[Part, ...]
     newer = [info for name, info in files.items() if name not in parts and (name not in rows or name in done)]
     parts |= _by_footers(newer, table)
     return tuple(parts[name] for name in sorted(parts)), tuple(sorted(done.keys() - parts.keys()))
+
+
+def _compacted(output: OutputPrefix) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The same of an output of `dvae compact`, which has no ledger: its files are those of its manifest."""
+    manifest = read_json(output.file("manifest.json"))
+    if manifest is None:
+        where = storage.public_url(output.url)
+        raise PipelineError(f"{where}: its compaction did not come to its end; the same dvae compact goes on")
+    files = listed(output.tokens_folder())
+    try:
+        told = [(file["part"], file["num_rows"], file["bytes"]) for file in manifest["parts"]]
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{storage.public_url(output.file('manifest.json'))} is damaged: {error!r}") from error
+    parts = [Part(name, output.part(name), None, num_rows, size_bytes) for name, num_rows, size_bytes in told]
+    there = {name: part for part in parts if (name := part.name) in files and files[name].size_bytes == part.size_bytes}
+    return tuple(there[name] for name in sorted(there)), tuple(p.name for p in parts if p.name not in there)
 
 
 def _is_as_recorded(file: ObjectInfo | None, row: ShardResult) -> bool:

@@ -10,13 +10,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.register import run_register
 from jobs.show import Originals, rows_to_show
 from jobs.status import run_status
 from jobs.verify import run_verify
 from pipeline import storage
+from pipeline.compact import Compaction
+from pipeline.errors import Damaged, PipelineError
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, part_name, require_run
-from small_run import NUM_FAILED, NUM_ROWS, compact, damage, six_shards, write_captioned
+from pipeline.token_run import TokenRun
+from small_run import NUM_FAILED, NUM_ROWS, compact, damage, six_shards, two_parts, write_captioned
 
 
 @pytest.fixture
@@ -150,3 +154,29 @@ def test_a_map_of_other_places_is_made_anew(source: OutputPrefix, tmp_path: Path
     before = one.read_bytes()
     one.write_bytes(other.read_bytes())
     assert compact(source, f"{tmp_path}/dest") == 0 and one.read_bytes() == before
+
+
+@pytest.mark.parametrize("deed", [Path.unlink, other_tokens])
+def test_readers_learn_which_files_are_missing(
+    deed: Callable[[Path], None], source: OutputPrefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compact(source, f"{tmp_path}/dest")
+    whole = TokenRun.open(f"{tmp_path}/dest")
+    deed(Path(whole.parts[0].url))
+    run = TokenRun.open(f"{tmp_path}/dest")
+    assert (run.parts, run.missing) == (whole.parts[1:], (whole.parts[0].name,))
+    capsys.readouterr()
+    assert run_register(f"{tmp_path}/dest", as_json=True) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == [whole.parts[0].name]
+
+
+def test_a_compaction_that_did_not_come_to_its_end_is_no_run_yet(source: OutputPrefix, tmp_path: Path) -> None:
+    dest = OutputPrefix(f"{tmp_path}/dest")
+    compaction = Compaction(source, dest, two_parts(source))
+    compaction.begin()
+    compaction.copy(compaction.groups[0])
+    with pytest.raises(PipelineError, match="the same dvae compact goes on"):
+        TokenRun.open(dest.url)
+    storage.publish(dest.file("manifest.json"), b'{"parts": [{}]}')
+    with pytest.raises(Damaged, match=r"manifest\.json is damaged"):
+        TokenRun.open(dest.url)
