@@ -1,4 +1,4 @@
-"""Durations, sizes and rates as a person reads them."""
+"""Durations, sizes, rates and counts as a person reads them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def rate(images_per_s: float) -> str:
 def about(number: float) -> str:
     """Three digits, for what is estimated."""
     return f"{float(f'{number:.3g}'):,.0f}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 part`, `2 parts`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

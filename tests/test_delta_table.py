@@ -35,7 +35,7 @@ def output(tmp_path: Path) -> OutputPrefix:
 
 
 def registered(output: OutputPrefix) -> Registered:
-    return register(TokenRun.open(output.url))
+    return register(output.url)
 
 
 def keys_of(output: OutputPrefix, version: int | None = None) -> list[str]:
@@ -72,6 +72,55 @@ def test_a_grown_run_is_a_new_version_and_the_old_one_stays(output: OutputPrefix
     assert registered(output) == Registered(output.url, 1, 3, 5, 1, 0)
     assert keys_of(output) == [*old, "img00020"]
     assert keys_of(output, version=0) == old
+
+
+def test_a_run_that_grows_while_it_is_registered_is_not_taken_back(
+    output: OutputPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody registers a newer state just after this one has looked."""
+    registered(output)
+    write_captioned(f"{tmp_path}/shards/c.tar", 20, ["five"])
+    tokenize_all(f"{tmp_path}/shards", output.url)
+    early = TokenRun.open(output.url)
+    write_captioned(f"{tmp_path}/shards/d.tar", 30, ["six"])
+    tokenize_all(f"{tmp_path}/shards", output.url)
+    assert len(early.parts) == 3
+
+    def open_early(url: str) -> TokenRun:
+        monkeypatch.undo()
+        assert registered(output).num_rows == 6
+        return early
+
+    monkeypatch.setattr(TokenRun, "open", open_early)
+    assert registered(output).num_rows == 6
+    assert keys_of(output)[-2:] == ["img00020", "img00030"]
+
+
+def test_two_that_make_the_table_at_once_make_one(output: OutputPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_late(url: str) -> TokenRun:
+        monkeypatch.undo()
+        registered(output)
+        return TokenRun.open(url)
+
+    monkeypatch.setattr(TokenRun, "open", open_late)
+    assert registered(output) == Registered(output.url, 0, 2, 4, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "é", "[a]"])
+def test_a_run_may_lie_in_a_folder_of_any_name(name: str, tmp_path: Path) -> None:
+    write_captioned(f"{tmp_path}/shards/a.tar", 0, ["one"])
+    output = tokenize_all(f"{tmp_path}/shards", f"{tmp_path}/{name}")
+    assert (registered(output).num_added, registered(output).num_added) == (1, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "shards"])
+    assert keys_of(output) == ["img00000"]
+
+
+def test_a_name_that_deltalake_takes_for_another_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_captioned(f"{tmp_path}/shards/a.tar", 0, ["one"])
+    output = tokenize_all(f"{tmp_path}/shards", f"{tmp_path}/a%20b")
+    with pytest.raises(PipelineError, match="no path with a %"):
+        registered(output)
+    assert not (tmp_path / "a%20b/_delta_log").exists()
 
 
 def test_a_shard_that_changed_has_its_new_rows_once(output: OutputPrefix, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from jobs.compact import run_compact
 from make_data import image_bytes
 from pipeline import storage
 from pipeline.delta_table import register
-from pipeline.token_run import TokenRun
 from small_run import tokenize_all, write_captioned
 
 README = Path(__file__).parents[1] / "pipeline" / "README.md"
@@ -62,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first += len(captions)
     tokenize_all(f"{folder}/shards", f"{folder}/my-run", side=2)
     tokenize_all(f"{folder}/shards", f"{folder}/other-run", side=4)
-    register(TokenRun.open(f"{folder}/my-run"))
+    register(f"{folder}/my-run")
     assert run_compact(f"{folder}/my-run", f"{folder}/compacted", target_bytes=1 << 30, as_json=True) == 0
     scores = "\n".join(f"img{n:05d},{n / 10}" for n in range(first))
     (folder / "scores.csv").write_text(f"key,score\n{scores}\nnot-mine,0.9\n")
