@@ -8,7 +8,7 @@ import typer
 
 from jobs.cli_models import AsJson
 
-Output = Annotated[str, typer.Argument(help="output of dvae tokenize")]
+Output = Annotated[str, typer.Argument(help="output of dvae tokenize", metavar="OUTPUT")]
 
 
 def compact(
@@ -26,7 +26,7 @@ def compact(
 
 
 def register(
-    output: Annotated[str, typer.Argument(help="output of dvae tokenize or dvae compact")],
+    output: Annotated[str, typer.Argument(help="output of dvae tokenize or dvae compact", metavar="OUTPUT")],
     as_json: AsJson = False,
 ) -> int:
     """Make OUTPUT a Delta Lake table, or a new version of it: of what is committed now, without copying a part."""

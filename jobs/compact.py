@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from jobs.command_line import say, typed_command
 from jobs.progress import JobProgress
-from jobs.wording import size
+from jobs.wording import counted, size
 from pipeline import storage
 from pipeline.compact import Compaction, Group
 from pipeline.compacted import FileDone, shards_folder
@@ -72,7 +72,7 @@ def _files(compaction: Compaction, lease: Lease) -> tuple[list[FileDone], int]:
 
 
 def _line(group: Group) -> str:
-    return f"{len(group.rows):,} shards, {size(group.part_bytes)}"
+    return f"{counted(len(group.rows), 'shard')}, {size(group.part_bytes)}"
 
 
 def _report(compaction: Compaction, manifest: dict[str, Any], num_kept: int) -> CompactReport:
@@ -89,11 +89,13 @@ def _say(report: CompactReport, *, as_json: bool) -> None:
     if as_json:
         console.print_json(json.dumps(asdict(report)))
         return
-    files = f"{report.num_files:,} files, {size(report.num_bytes)}"
+    files = f"{counted(report.num_files, 'file')}, {size(report.num_bytes)}"
+    parts = f"{counted(report.num_parts, 'part')}, {size(report.part_bytes)}"
     kept = f" ({report.num_files_before:,} were there)" if report.num_files_before else ""
+    rows = f"{report.num_rows:,}, of {counted(report.num_shards, 'shard')}; {counted(report.num_failed, 'error')}"
     for name, value in (
-        ("compacted", f"{report.num_parts:,} parts, {size(report.part_bytes)} -> {files}{kept}"),
-        ("rows", f"{report.num_rows:,}, of {report.num_shards:,} shards; {report.num_failed:,} errors"),
+        ("compacted", f"{parts} -> {files}{kept}"),
+        ("rows", rows),
         ("verified", "each file was read back, and has the rows of its parts"),
         ("read", f"{report.dest} (the map of shards: {report.dest}/shards)"),
         ("untouched", f"{report.source}: to be removed by you, if at all"),

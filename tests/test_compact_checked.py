@@ -99,6 +99,14 @@ def test_status_and_verify_say_that_it_is_complete(
         assert (report["num_quarantined"], report["problems"]) == (1, [])
 
 
+def test_what_is_there_once_is_said_in_the_singular(
+    source: OutputPrefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compact(source, f"{tmp_path}/dest", target_bytes=1 << 30, as_json=False)
+    said = capsys.readouterr().out
+    assert "compacted   5 parts, " in said and " -> 1 file, " in said and "7, of 6 shards; 2 errors" in said
+
+
 def test_show_finds_the_originals_by_the_map(source: OutputPrefix, tmp_path: Path) -> None:
     compact(source, f"{tmp_path}/dest")
     dest = OutputPrefix(f"{tmp_path}/dest")
