@@ -116,6 +116,14 @@ def require_run(output: OutputPrefix) -> dict[str, Any]:
     return run
 
 
+def table_of(output: OutputPrefix, run: Mapping[str, Any]) -> TableSpec:
+    """The token table that run.json tells of. Raises RunMismatch when it is of a version that is not known here."""
+    try:
+        return TableSpec.from_json(run)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunMismatch(f"{storage.public_url(output.file('run.json'))} is of another version: {error}") from error
+
+
 def read_json(url: str) -> dict[str, Any] | None:
     """An object of JSON, or None where there is none. Raises Damaged, StorageError."""
     data = _bytes_or_none(url)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import Damaged, StorageError
 from pipeline.records import ObjectInfo
 from pipeline.store_requests import is_passing, request
 
 END_BYTES = 64 << 10
+log = logging.getLogger(__name__)
 
 
 def file_end(info: ObjectInfo) -> bytes:
@@ -34,3 +37,27 @@ def asked_again(url: str, read: Callable[[], pa.Table]) -> pa.Table:
         if cause is not None and (is_arrows or isinstance(cause, pa.ArrowException)):
             raise cause from None
         raise
+
+
+def open_parquet(url: str) -> pq.ParquetFile:
+    """Fetches the footer now and later only the columns and row groups that are read, neighbours in one request; pages
+    must have their checksums. Raises FileNotFoundError, OSError or ArrowException, and what the store's client raises:
+    whoever reads asks within `asked_again`."""
+    return pq.ParquetFile(storage.open_ranges(url), pre_buffer=True, page_checksum_verification=True)
+
+
+def intact(url: str, read: Callable[[], pa.Table]) -> pa.Table:
+    """As `asked_again`, and once more where the bytes are not right, for a network damages bytes too, but not twice the
+    same. Raises FileNotFoundError, StorageError, and Damaged where they stay wrong."""
+    try:
+        return asked_again(url, read)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        log.info("%s is read again: %s", storage.public_url(url), error)
+    try:
+        return asked_again(url, read)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise Damaged(f"{storage.public_url(url)} is damaged: {storage.public_text(str(error))}") from error

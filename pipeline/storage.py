@@ -86,6 +86,13 @@ def open_read(url: str) -> BinaryIO:
     return request("open", url, lambda: cast(BinaryIO, fs.open(path, "rb", block_size=READ_BLOCK_BYTES)))
 
 
+def open_ranges(url: str) -> Any:
+    """For a reader of ranges: a path where the object is a local file, else a binary file that fetches just what is
+    read, each time anew. Raises FileNotFoundError and what the store's client raises."""
+    fs, path = filesystem(url)
+    return path if is_local(url) else fs.open(path, "rb", cache_type="none")
+
+
 def look_at(url: str) -> StoredObject:
     """What there is to read at `url`, never from a cache. Raises FileNotFoundError, StorageError."""
     fs, path = _listing(url)

@@ -21,7 +21,8 @@ from pipeline.records import DecodedSample, FailureReason, ObjectInfo, SampleFai
 
 # B images, H W token rows and columns, N = H * W
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of what is written; tests/golden has a part of each that ever was
+READABLE_VERSIONS = frozenset({1})
 ROW_GROUP_ROWS = 2048  # the writer holds about 10 KB a row of 1,024 tokens until a group is whole
 INT16_CODES = 32_768  # signed types only: some readers refuse Parquet's unsigned ones
 # Pages carry a checksum, so that flipped bytes are an error wherever a part is read, not other tokens.
@@ -54,6 +55,7 @@ class TableSpec:
     codebook_size: int
     image_spec: dict[str, Any]
     columns: tuple[MetadataColumn, ...] = ()
+    schema_version: int = SCHEMA_VERSION  # of the parts: an older run keeps its own
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +71,7 @@ class TableSpec:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "tokenizer_id": self.tokenizer_id,
             "grid": list(self.grid),
             "codebook_size": self.codebook_size,
@@ -79,12 +81,15 @@ class TableSpec:
 
     @classmethod
     def from_json(cls, run: Mapping[str, Any]) -> TableSpec:
-        """The other way round, of run.json. Raises ValueError when another version wrote it, KeyError, TypeError."""
-        if run["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"the tokens have schema {run['schema_version']}, this version knows {SCHEMA_VERSION}")
+        """The other way round, of run.json or a footer, of every version ever written. Raises ValueError when a newer
+        version wrote it, KeyError, TypeError."""
+        version = run["schema_version"]
+        if version not in READABLE_VERSIONS:
+            known = f"this version knows {SCHEMA_VERSION}; install a newer one"
+            raise ValueError(f"the tokens have schema {version}, {known}")
         height, width = run["grid"]
         columns = tuple(MetadataColumn(c["name"], c["from"], c["type"]) for c in run["columns"])
-        return cls(run["tokenizer_id"], (height, width), run["codebook_size"], run["image_spec"], columns)
+        return cls(run["tokenizer_id"], (height, width), run["codebook_size"], run["image_spec"], columns, version)
 
 
 def token_schema(spec: TableSpec) -> pa.Schema:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import local_disk, storage
-from pipeline.errors import Damaged, RunMismatch
+from pipeline.errors import Damaged
 from pipeline.ledger import Ledger
 from pipeline.map_ahead import map_ahead
-from pipeline.output import OutputPrefix, part_name, read_json, require_run
+from pipeline.output import OutputPrefix, part_name, read_json, require_run, table_of
 from pipeline.plan import read_plan_record
 from pipeline.problems import Problem, ProblemKind
 from pipeline.records import ObjectInfo, ShardResult, ShardState
@@ -33,7 +33,7 @@ class Verification:
 
     def __init__(self, output: OutputPrefix, *, without_ledger: bool = False) -> None:
         self.output, self.run = output, require_run(output)
-        self.table = _table(output, self.run)
+        self.table = table_of(output, self.run)
         self.ledger_problem: Problem | None = None
         self.rows = [] if without_ledger else self._read_ledger()
         self._by_name = {part_name(row.shard): row for row in self.rows}
@@ -78,13 +78,6 @@ def left_behind(output: OutputPrefix) -> Iterator[Problem]:
         for path in local_disk.temporaries(root):
             message = "a killed writer left it; the next run removes it"
             yield Problem(ProblemKind.FOREIGN, path.relative_to(root).as_posix(), message)
-
-
-def _table(output: OutputPrefix, run: dict[str, Any]) -> TableSpec:
-    try:
-        return TableSpec.from_json(run)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunMismatch(f"{storage.public_url(output.file('run.json'))} is of another version: {error}") from error
 
 
 def _unlisted(output: OutputPrefix) -> set[str]:

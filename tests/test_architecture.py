@@ -26,6 +26,7 @@ DOORS = {
     "numba": {"pipeline/resize_kernels.py"},
     "pyarrow": {
         "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
+        "pipeline/token_run.py",
     },
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py"},
