@@ -158,6 +158,13 @@ def test_queries_and_signatures_in_messages_are_hidden_wherever_they_stand(text:
     assert storage.public_text(text) == shown == storage.public_text(shown)
 
 
+@pytest.mark.timeout(60)  # it took minutes
+@pytest.mark.parametrize("piece", ["x", "?", "?a", "a.", "x-amz-", "_token", "http://", "?x=1&", "://"])
+def test_a_text_of_many_characters_is_made_public_at_once(piece: str) -> None:
+    text = piece * (300_000 // len(piece)) + " s3://key:secret@b/k?x-amz-signature=abc"
+    assert "secret" not in storage.public_text(text) and "abc" not in storage.public_text(text)
+
+
 def test_errors_of_shards_hold_no_credentials() -> None:
     error = ShardTruncated("https://u:pw@h/x.tar?sig=abc", "gone: https://u:pw@h/x.tar?sig=abc")
     assert str(error) == "https://h/x.tar: gone: https://h/x.tar"
