@@ -20,12 +20,13 @@ DOORS = {
     "tenacity": {"pipeline/store_requests.py"},
     "PIL": {
         "pipeline/images.py", "pipeline/pillow_ways.py", "pipeline/pictures.py", "pipeline/turbo_jpeg.py",
-        "pipeline/fast_resize.py", "pipeline/rank_chart.py",
+        "pipeline/fast_resize.py", "pipeline/rank_chart.py", "pipeline/stats_pictures.py",
     },
     "simplejpeg": {"pipeline/turbo_jpeg.py"},
     "numba": {"pipeline/resize_kernels.py"},
     "pyarrow": {
         "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
+        "pipeline/failures.py",
         "pipeline/token_run.py",
     },
     "webdataset": {"pipeline/pack.py"},
@@ -38,12 +39,12 @@ DOORS = {
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
         "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
-        "jobs/train_ray.py", "jobs/train_callbacks.py",
+        "jobs/train_ray.py", "jobs/train_callbacks.py", "jobs/stats_ray.py",
     },
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},
     "pydantic": {"jobs"},
-    "typer": {"jobs/cli.py", "jobs/cli_models.py"},
+    "typer": {"jobs/cli.py", "jobs/cli_models.py", "jobs/cli_tokens.py"},
     "rich": {"jobs"},
     "aiohttp": {"pipeline/storage.py", "jobs/submit.py"},  # its timeouts; Ray's Jobs client raises its errors
     "duckdb": {"jobs/demo_queries.py"},

@@ -1,0 +1,26 @@
+"""Those commands of `dvae` that read a run's tokens; cli.py has the others, and puts these among them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.cli_models import AsJson
+
+Output = Annotated[str, typer.Argument(help="output of dvae tokenize")]
+
+
+def stats(
+    output: Output,
+    plots: Annotated[str | None, typer.Option(help="a folder or URL for pictures of what is counted")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="count in Ray tasks: auto, an address, or local", metavar="ADDRESS"),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """How the codes are used, which shards are unlike the others, and what failed."""
+    from jobs.stats import run_stats
+
+    return run_stats(output, as_json=as_json, plots=plots, ray_address=ray)

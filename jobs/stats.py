@@ -1,0 +1,196 @@
+"""`dvae stats`: how a run uses its codes, which shards are unlike the others, and what failed. Reads storage only;
+imports Ray where it is asked to count on a cluster, and never torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from jobs.progress import JobProgress
+from jobs.stats_text import stats_lines
+from pipeline import storage
+from pipeline.drift import Drift, drift_of, entropy_bits
+from pipeline.failures import Failures, plain_text, read_failures
+from pipeline.lease import is_held
+from pipeline.ledger import Ledger
+from pipeline.output import OutputPrefix, listed
+from pipeline.records import ShardResult, ShardState
+from pipeline.token_run import Part, TokenRun
+from pipeline.token_stats import TokenCounts, count_parts, number_of_groups
+
+MOST_SHARDS = 1000  # that are named in JSON
+MOST_USED = 10
+
+
+@dataclass(frozen=True)
+class ShardDrift:
+    """Bits: how far a shard's use of the codes is from that of the others, what chance would give, and the limit."""
+
+    shard: str | None  # None in a part that holds several
+    part: str
+    num_images: int
+    divergence_bits: float
+    noise_bits: float
+    threshold_bits: float
+
+    @property
+    def stands_out(self) -> bool:
+        return self.divergence_bits > self.threshold_bits
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts are of the parts that were committed when the counting began. Entropies are of order 0, in bits."""
+
+    output: str
+    tokenizer_id: str
+    grid: tuple[int, int]
+    codebook_size: int
+    running: bool  # a driver is at work
+    num_parts: int
+    num_images: int
+    part_bytes: int
+    num_failed: int  # images, of the shards that are done
+    num_quarantined: int  # shards
+    shard_seconds: float  # of work, by all done shards together
+    code_uses: list[int]
+    entropy_bits: float
+    position_entropy_bits: list[list[float]] | None  # by row and column of the grid; None for too large a codebook
+    num_groups: int  # of codes, by which shards are held against each other
+    clumping: float  # so many tokens of an image say as much as one chosen freely
+    num_standing_out: int
+    shards: list[ShardDrift]  # the furthest first, MOST_SHARDS at most
+    errors_by_reason: dict[str, int]
+    error_examples: dict[str, list[dict[str, Any]]]
+    unreadable: dict[str, str]  # files, and why
+    missing_parts: list[str]  # that the ledger has
+    counting_s: float
+
+    @property
+    def used_codes(self) -> int:
+        return sum(uses > 0 for uses in self.code_uses)
+
+    @property
+    def perplexity(self) -> float:
+        return float(2**self.entropy_bits)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_images * math.prod(self.grid)
+
+    def most_used(self) -> list[tuple[int, int]]:
+        """(code, uses)."""
+        order = np.argsort(-np.asarray(self.code_uses), kind="stable")[:MOST_USED]
+        return [(int(code), self.code_uses[code]) for code in order if self.code_uses[code]]
+
+    def to_json(self) -> dict[str, Any]:
+        used = self.used_codes
+        derived = {"used_codes": used, "dead_codes": self.codebook_size - used, "perplexity": round(self.perplexity, 3)}
+        return {**derived, **asdict(self)}
+
+
+def run_stats(output_url: str, *, as_json: bool, plots: str | None = None, ray_address: str | None = None) -> int:
+    """0, or 1 when there are files that could not be read. Raises NoRun, RunMismatch, StorageError, ClusterError."""
+    stats = read_stats(TokenRun.open(output_url), ray_address=ray_address)
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(stats.to_json()))
+    else:
+        for line in stats_lines(stats):
+            console.print(line, markup=False)
+    if plots is not None:
+        from jobs.stats_plots import write_plots
+
+        write_plots(stats, plots)
+    return 1 if stats.unreadable or stats.missing_parts else 0
+
+
+def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
+    """One pass over all token rows, then one over the errors files."""
+    begun_at = time.monotonic()
+    counts, unreadable = _counted(run, ray_address)
+    counting_s = time.monotonic() - begun_at
+    drift = drift_of(counts.groups_PG, counts.halves_P, run.table.num_tokens)
+    failures = _failures(run.output)
+    position_bits_N = counts.position_entropy_bits()
+    return Stats(
+        output=run.output.url,
+        tokenizer_id=run.table.tokenizer_id,
+        grid=run.table.grid,
+        codebook_size=run.table.codebook_size,
+        running=is_held(run.output),
+        num_parts=len(run.parts),
+        num_images=int(counts.num_rows_P.sum()),
+        part_bytes=sum(part.size_bytes for part in run.parts),
+        **_work(run.output),
+        code_uses=counts.uses_K.tolist(),
+        entropy_bits=round(float(entropy_bits(counts.uses_K[None])[0]), 6),
+        position_entropy_bits=None
+        if position_bits_N is None
+        else position_bits_N.reshape(run.table.grid).round(4).tolist(),
+        num_groups=counts.groups_PG.shape[1],
+        clumping=round(drift.clumping, 3),
+        num_standing_out=len(drift.standing_out()),
+        shards=list(_shards(run.parts, counts, drift)),
+        errors_by_reason=dict(failures.most_frequent()),
+        error_examples=failures.examples,
+        unreadable={**unreadable, **failures.unreadable},
+        missing_parts=list(run.missing),
+        counting_s=round(counting_s, 3),
+    )
+
+
+def _counted(run: TokenRun, ray_address: str | None) -> tuple[TokenCounts, dict[str, str]]:
+    """The counts, and which parts could not be read to their end, and why."""
+    if ray_address is not None:
+        from jobs.stats_ray import count_on_ray
+
+        count: Callable[[TokenRun, TokenCounts], Iterator[tuple[int, str]]] = count_on_ray(ray_address)
+    else:
+        count = count_here
+    counts = TokenCounts(run.table, len(run.parts), number_of_groups(run.table, len(run.parts), run.num_rows))
+    unreadable, num_rows = {}, 0
+    with JobProgress("parts", len(run.parts)) as progress:
+        for number, problem in count(run, counts):
+            num_rows += int(counts.num_rows_P[number])
+            progress.advance(1, f"{num_rows:,} images")
+            if problem:
+                unreadable[storage.public_url(run.parts[number].url)] = plain_text(problem) or ""
+    return counts, unreadable
+
+
+def count_here(run: TokenRun, counts: TokenCounts) -> Iterator[tuple[int, str]]:
+    return count_parts(run, run.parts, counts)
+
+
+def _failures(output: OutputPrefix) -> Failures:
+    urls, failures = [info.url for _, info in sorted(listed(output.errors_folder()).items())], Failures()
+    with JobProgress("errors files", len(urls)) as progress:
+        for num_read in read_failures(urls, failures):
+            progress.advance(num_read, f"{sum(failures.counts.values()):,} rows")
+    return failures
+
+
+def _work(output: OutputPrefix) -> dict[str, Any]:
+    """What the ledger knows beside the parts."""
+    rows: Sequence[ShardResult] = list(Ledger(output).read().values())
+    done = [row for row in rows if row.state is ShardState.DONE]
+    return {
+        "num_failed": sum(row.num_failed for row in done),
+        "num_quarantined": sum(row.state is ShardState.QUARANTINED for row in rows),
+        "shard_seconds": round(sum(row.seconds for row in done), 1),
+    }
+
+
+def _shards(parts: Sequence[Part], counts: TokenCounts, drift: Drift) -> Iterator[ShardDrift]:
+    for number in drift.furthest()[:MOST_SHARDS]:
+        bits = (drift.divergence_S[number], drift.noise_S[number], drift.threshold_S[number])
+        part, (divergence, noise, threshold) = parts[number], (round(float(each), 6) for each in bits)
+        yield ShardDrift(part.shard, part.name, int(counts.num_rows_P[number]), divergence, noise, threshold)
