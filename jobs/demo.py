@@ -27,9 +27,10 @@ from jobs.demo_checks import check_all, look_at_held_out, read_rows
 from jobs.demo_damage import ODD_FILES, make_odd_files
 from jobs.demo_images import make_tiles
 from jobs.demo_queries import ask
-from jobs.demo_report import QUERIES, Results, make_report, reading_lines, shown_rows
+from jobs.demo_report import QUERIES, Results, make_report, shown_rows
 from jobs.demo_sites import Here, OnCluster, Site, local_cluster
 from jobs.report_page import Check, render
+from jobs.report_pieces import reading_lines
 from jobs.show import load_matching_tokenizer
 from jobs.train_output import TrainOutput
 from pipeline import storage

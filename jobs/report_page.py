@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Chart:
 @dataclass(frozen=True)
 class Table:
     title: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # none: each row is a name and what it stands for
     rows: tuple[tuple[Any, ...], ...]
     note: str = ""
     sql: str = ""
@@ -60,6 +60,8 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Report:
+    """A page. A section that has nothing in it is left out, and so is the verdict where there are no checks."""
+
     title: str
     subtitle: str
     figures: tuple[Figure, ...]
@@ -69,7 +71,9 @@ class Report:
     charts: tuple[Chart, ...]
     tables: tuple[Table, ...]
     snippets: tuple[Snippet, ...]
-    reading_note: str = field(default="")
+    reading_note: str = ""
+    tiles_title: str = ""
+    charts_title: str = ""
 
     @property
     def failed(self) -> int:
@@ -81,7 +85,7 @@ def render(report: Report) -> str:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise PipelineError("the report page needs jinja2: pip install 'dvae-ray[demo]'") from error
+        raise PipelineError("the report page needs jinja2: pip install 'dvae-ray[report]'") from error
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["b64"] = lambda data: base64.b64encode(data).decode("ascii")

@@ -81,9 +81,9 @@ def _missing_lines(stats: Stats) -> Iterator[tuple[str, str]]:
 
 def _shard_lines(stats: Stats) -> Iterator[str]:
     if not stats.num_standing_out:
-        yield f"{'shards':<12}{alike(stats)}"
+        yield f"{'shards':<12}{none_stands_out(stats)}"
         return
-    yield f"{'shards':<12}{stats.num_standing_out:,} of {stats.num_parts:,} use the codes unlike the others:"
+    yield f"{'shards':<12}{stats.num_standing_out:,} of {stats.num_parts:,} stand out in their use of the codes:"
     yield f"{'':<12}{'bits away':>10}{'limit':>10}{'chance':>10}{'images':>12}  shard"
     for shard in stats.shards[: min(SHARDS_SHOWN, stats.num_standing_out)]:
         yield f"{'':<12}{_shard_line(shard)}"
@@ -92,14 +92,14 @@ def _shard_lines(stats: Stats) -> Iterator[str]:
     yield f"{'':<12}another model or normalisation, or other images: dvae show, dvae verify --sample"
 
 
-def alike(stats: Stats) -> str:
+def none_stands_out(stats: Stats) -> str:
     """Said where no shard stands out."""
     if len(stats.shards) < 2:
         return "nothing to hold against each other yet"
     furthest = stats.shards[0]
     return (
-        f"all alike: the one nearest its limit of {furthest.threshold_bits:.4f} bits is {furthest.divergence_bits:.4f} "
-        f"away from the others, by chance it would be {furthest.noise_bits:.4f}"
+        f"none stands out: the nearest to its limit of {furthest.threshold_bits:.4f} bits is "
+        f"{furthest.divergence_bits:.4f} away from the others; by chance alone it would be {furthest.noise_bits:.4f}"
     )
 
 

@@ -70,7 +70,7 @@ def test_a_shard_of_another_model_is_named(made: TokensRun, capsys: pytest.Captu
     assert first["shard"] == "/in/4.tar" and first["divergence_bits"] > first["threshold_bits"] > first["noise_bits"]
     assert run_stats(made.output.url, as_json=False) == 0
     said = capsys.readouterr().out
-    assert "1 of 6 use the codes unlike the others" in said and "/in/4.tar" in said
+    assert "1 of 6 stand out in their use of the codes" in said and "/in/4.tar" in said
 
 
 def test_the_table_tells_the_same_and_hostile_text_stays_one_short_line(
@@ -79,7 +79,7 @@ def test_the_table_tells_the_same_and_hostile_text_stays_one_short_line(
     add_shards(made)
     assert run_stats(made.output.url, as_json=False) == 0
     said = capsys.readouterr().out
-    assert "1,200 in 6 parts, 1 failed" in said and "all alike" in said
+    assert "1,200 in 6 parts, 1 failed" in said and "none stands out" in said
     (line,) = [line for line in said.splitlines() if "too_small" in line]
     assert "[bold]<script>" in line and len(line) < 1000
     assert "\x1b" not in said and "\u202e" not in said

@@ -1,0 +1,226 @@
+"""The page about a run: what was counted and read of it, put into words, charts and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jobs.report_charts import bar_chart, grid_map
+from jobs.report_pace import Pace
+from jobs.report_page import Chart, Check, Figure, Report, Snippet, Table, TilePair
+from jobs.report_pieces import READING_NOTE, back_into_pictures, code_use_chart, reading_lines
+from jobs.stats import ShardDrift, Stats
+from jobs.stats_text import none_stands_out
+from jobs.status import Status
+from jobs.wording import duration, rate, size
+from pipeline import storage
+from pipeline.failures import plain_text
+
+SHARDS_SHOWN = 20
+SHARD_BARS = 100
+MAP_SIDE = 32  # squares; a larger grid is shown by means of neighbours
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that the page is made of."""
+
+    stats: Stats
+    status: Status
+    pace: Pace | None
+    tiles: tuple[TilePair, ...]
+    tile_problems: tuple[str, ...]
+    lineage: tuple[tuple[str, str], ...]
+    columns: tuple[str, ...]
+    checkpoint: str | None
+
+
+def make_page(facts: RunFacts) -> Report:
+    stats = facts.stats
+    return Report(
+        title=f"Tokens of {storage.base_name(stats.output)}",
+        subtitle=_subtitle(facts),
+        figures=tuple(_figures(facts)),
+        checks=tuple(_checks(facts)),
+        tiles_title="Some of its images",
+        tiles=facts.tiles,
+        tiles_note=_tiles_note(facts),
+        charts_title="The run, and its use of the codes",
+        charts=tuple(_charts(facts)),
+        tables=tuple(_tables(facts)),
+        snippets=tuple(_snippets(facts)),
+        reading_note=READING_NOTE,
+    )
+
+
+def _subtitle(facts: RunFacts) -> str:
+    height, width = facts.stats.grid
+    state = {"complete": "Complete", "running": "A driver is at work", "stopped": "Not complete, and nobody at work"}
+    return (
+        f"{state[facts.status.state]}. {facts.stats.output} holds {height} × {width} tokens of each image, of "
+        f"{facts.stats.codebook_size:,} codes, made by tokenizer {facts.stats.tokenizer_id}."
+    )
+
+
+def _figures(facts: RunFacts) -> Iterator[Figure]:
+    stats, status = facts.stats, facts.status
+    yield Figure(f"{stats.num_images:,}", f"images tokenised, in {stats.num_parts:,} parts")
+    yield Figure(f"{stats.num_failed:,}", "images failed, each with its reason")
+    if status.num_shards:
+        yield Figure(f"{status.num_done:,} of {status.num_shards:,}", "shards done")
+    if not stats.num_images:
+        return
+    used = stats.used_codes / stats.codebook_size
+    yield Figure(f"{used:.1%}", f"of the codes used; {stats.codebook_size - stats.used_codes:,} dead")
+    yield Figure(f"{stats.entropy_bits:.2f} bits", f"a token, of {math.log2(stats.codebook_size):.2f}")
+    yield Figure(f"{stats.perplexity:,.0f}", "codes used alike would say as much: the perplexity")
+    yield Figure(f"{stats.part_bytes / stats.num_images:,.0f} B", "of Parquet a row, keys and captions included")
+    yield Figure(size(stats.part_bytes), "in all")
+    if stats.shard_seconds:
+        per_s = rate(stats.num_images / stats.shard_seconds)
+        yield Figure(f"{per_s} /s", f"images for each shard in flight; {duration(stats.shard_seconds)} of work")
+
+
+def _checks(facts: RunFacts) -> Iterator[Check]:
+    stats, status = facts.stats, facts.status
+    if status.state != "running":
+        done = f"{status.num_done:,} of {status.num_shards or 0:,} done, {status.num_quarantined:,} quarantined"
+        yield Check("Every shard is accounted for", status.state == "complete", done)
+    yield Check("No shard was given up", not status.num_quarantined, f"{status.num_quarantined:,} quarantined")
+    lost = len(stats.unreadable) + len(stats.missing_parts)
+    first = next(iter([*stats.unreadable.values(), *stats.missing_parts]), "")
+    yield Check(
+        "Every file is there and whole", not lost, f"{lost:,} are not: {first}" if lost else "every page checked"
+    )
+    found = (
+        f"{stats.num_standing_out:,} of {stats.num_parts:,} do" if stats.num_standing_out else none_stands_out(stats)
+    )
+    yield Check("No shard stands out in its use of the codes", not stats.num_standing_out, found)
+
+
+def _tiles_note(facts: RunFacts) -> str:
+    """Empty, so that there is no such section, where there is nothing to say."""
+    both = "From all over the run: left what the encoder saw, right what the decoder makes of the tokens alone."
+    alone = "From all over the run, as the encoder saw them; --checkpoint shows what their tokens say beside them."
+    note = [] if not facts.tiles else [both if any(tile.note for tile in facts.tiles) else alone]
+    problems = [plain_text(problem) or "" for problem in facts.tile_problems[:3]]
+    return " ".join([*note, *(f"Not shown: {problem}." for problem in problems)])
+
+
+def _charts(facts: RunFacts) -> Iterator[Chart]:
+    stats = facts.stats
+    if facts.pace is not None:
+        yield _pace_chart(facts.pace)
+    if stats.num_images:
+        yield code_use_chart(np.asarray(stats.code_uses), f"in {stats.num_images:,} images")
+    if stats.num_images and stats.position_entropy_bits is not None:
+        yield _position_chart(stats.position_entropy_bits)
+    if stats.shards:
+        yield _shard_chart(stats)
+
+
+def _pace_chart(pace: Pace) -> Chart:
+    step = pace.length / len(pace.images_per_s)
+    titles = [f"{n * step:.3g} {pace.unit}: {rate(per_s)} images/s" for n, per_s in enumerate(pace.images_per_s)]
+    svg = bar_chart(pace.images_per_s, titles, x_label=pace.unit, y_label="images/s", x_to=pace.length)
+    return Chart(
+        svg,
+        f"Images a second from {pace.first_at:%Y-%m-%d %H:%M} to {pace.last_at:%Y-%m-%d %H:%M} UTC, by when the store "
+        "says each part was written. (A copy of an output has the times of its copying.)",
+    )
+
+
+def _position_chart(bits: list[list[float]]) -> Chart:
+    bits_HW = np.asarray(bits)
+    step = -(-max(bits_HW.shape) // MAP_SIDE)
+    rows, columns = (range(0, length, step) for length in bits_HW.shape)
+    means = [[float(bits_HW[r : r + step, c : c + step].mean()) for c in columns] for r in rows]
+    svg = grid_map(means, label="bits a token")
+    return Chart(svg, "Entropy of each place in the grid. Pale places say less: few codes, or one far more often.")
+
+
+def _shard_chart(stats: Stats) -> Chart:
+    shown = stats.shards[:SHARD_BARS]
+    titles = [f"{_name(shard)}: {shard.divergence_bits:.4f} bits, limit {shard.threshold_bits:.4f}" for shard in shown]
+    svg = bar_chart(
+        [shard.divergence_bits for shard in shown],
+        titles,
+        x_label="shards, the nearest to its limit first",
+        y_label="bits",
+    )
+    every = len(shown) == stats.num_parts
+    which = "each shard is" if every else f"the {len(shown):,} shards nearest to their limits are"
+    return Chart(
+        svg,
+        f"How far {which} from the others in the use of codes (Jensen-Shannon divergence: 0 alike, 1 no code in "
+        f"common). A shard stands out above about {shown[0].threshold_bits:.4f} bits.",
+    )
+
+
+def _tables(facts: RunFacts) -> Iterator[Table]:
+    yield from _odd_shards(facts.stats)
+    yield from _failures(facts.stats)
+    yield from _quarantined(facts.status)
+    yield Table("Where the tokens come from", (), tuple((name, _text(value)) for name, value in facts.lineage))
+
+
+def _odd_shards(stats: Stats) -> Iterator[Table]:
+    odd = [shard for shard in stats.shards if shard.stands_out][:SHARDS_SHOWN]
+    if not odd:
+        return
+    rows = tuple(
+        (_name(one), f"{one.num_images:,}", *(f"{bits:.4f}" for bits in (one.divergence_bits, one.threshold_bits)))
+        for one in odd
+    )
+    yield Table(
+        "Shards that stand out in their use of the codes",
+        ("shard", "images", "bits away", "limit"),
+        rows,
+        note=f"{stats.num_standing_out:,} of {stats.num_parts:,}: made by another model or with another normalisation, "
+        "or of other images. dvae show and dvae verify --sample tell which.",
+        numbers=frozenset({1, 2, 3}),
+    )
+
+
+def _failures(stats: Stats) -> Iterator[Table]:
+    rows = tuple(
+        (
+            reason if not n else "",
+            f"{count:,}" if not n else "",
+            _text(example["key"] or example["shard"]),
+            example["message"],
+        )
+        for reason, count in stats.errors_by_reason.items()
+        for n, example in enumerate(stats.error_examples[reason])
+    )
+    if rows:
+        note = "Every image that has no tokens is counted here; errors/ has each one with its place and message."
+        columns = ("reason", "images", "for example", "what was found")
+        yield Table("Failures by reason", columns, rows, note=note, numbers=frozenset({1}))
+
+
+def _quarantined(status: Status) -> Iterator[Table]:
+    rows = tuple(
+        (_text(one["shard"]), one["reason"], _text(one["message"])) for one in status.quarantined[:SHARDS_SHOWN]
+    )
+    if rows:
+        note = f"{status.num_quarantined:,} shards were given up; the same command tries them again."
+        yield Table("Quarantined shards", ("shard", "reason", "message"), rows, note=note)
+
+
+def _snippets(facts: RunFacts) -> Iterator[Snippet]:
+    columns = ", ".join(["key", *(["caption"] if "caption" in facts.columns else []), "tokens"])
+    yield from reading_lines(facts.stats.output, columns)
+    if facts.checkpoint:
+        yield back_into_pictures(facts.stats.output, facts.checkpoint)
+
+
+def _name(shard: ShardDrift) -> str:
+    return _text(shard.shard or shard.part)
+
+
+def _text(text: str | None) -> str:
+    return plain_text(text) or ""
