@@ -18,7 +18,7 @@ Row = tuple[str, str]
 
 
 def lineage(run: Mapping[str, Any], plan: PlanRecord | None, checkpoint: str | None) -> Iterator[Row]:
-    """`run`: run.json. `checkpoint`: where the model may be read; else where the last driver read it."""
+    """`run`: run.json. `plan`: what the last driver set out to do. `checkpoint`: where the model may be read."""
     height, width = run["grid"]
     yield "Tokenizer", run["tokenizer_id"]
     yield "Tokens", f"{height} × {width} of {run['codebook_size']:,} codes, row by row"
@@ -33,12 +33,11 @@ def lineage(run: Mapping[str, Any], plan: PlanRecord | None, checkpoint: str | N
     yield "Schema", f"version {run['schema_version']}"
     if plan is not None:
         yield "Shards", f"{_listed(plan.settings.get('shards', ()))} ({plan.num_shards:,} when the last driver began)"
-    yield from _model(run["tokenizer_id"], checkpoint or (plan.settings.get("checkpoint") if plan else None))
+    if checkpoint is not None:
+        yield from _model(run["tokenizer_id"], checkpoint)
 
 
-def _model(tokenizer_id: str, checkpoint: str | None) -> Iterator[Row]:
-    if checkpoint is None:
-        return
+def _model(tokenizer_id: str, checkpoint: str) -> Iterator[Row]:
     yield "Checkpoint", storage.public_url(checkpoint)
     try:
         head = read_head(checkpoint)

@@ -106,7 +106,7 @@ def _tiles_note(facts: RunFacts) -> str:
     both = "From all over the run: left what the encoder saw, right what the decoder makes of the tokens alone."
     alone = "From all over the run, as the encoder saw them; --checkpoint shows what their tokens say beside them."
     note = [] if not facts.tiles else [both if any(tile.note for tile in facts.tiles) else alone]
-    problems = [plain_text(problem) or "" for problem in facts.tile_problems[:3]]
+    problems = [_text(problem) for problem in facts.tile_problems[:3]]
     return " ".join([*note, *(f"Not shown: {problem}." for problem in problems)])
 
 
@@ -223,4 +223,5 @@ def _name(shard: ShardDrift) -> str:
 
 
 def _text(text: str | None) -> str:
-    return plain_text(text) or ""
+    """Of others, for the page: without credentials, in one line."""
+    return plain_text(storage.public_text(text or "")) or ""

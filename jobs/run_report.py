@@ -49,15 +49,16 @@ def run_report(
     stats = read_stats(run, ray_address=ray_address)
     tiles = look_at(run, decoder, num_images)
     plan = read_plan_record(run.output)
+    model = checkpoint or (plan.settings.get("checkpoint") if plan else None)
     facts = RunFacts(
         stats=stats,
         status=read_status(run.output),
         pace=_pace(run),
         tiles=tiles.tiles,
         tile_problems=tiles.problems,
-        lineage=tuple(lineage(run.description, plan, checkpoint)),
+        lineage=tuple(lineage(run.description, plan, model)),
         columns=tuple(column.name for column in run.table.columns),
-        checkpoint=checkpoint or (plan.settings.get("checkpoint") if plan else None),
+        checkpoint=storage.public_url(model) if model else None,
     )
     page = render(make_page(facts)).encode()
     storage.publish(storage.normalize(html), page)

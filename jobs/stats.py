@@ -21,6 +21,7 @@ from pipeline.failures import Failures, plain_text, read_failures
 from pipeline.lease import is_held
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, listed
+from pipeline.plan import collector_paused
 from pipeline.records import ShardResult, ShardState
 from pipeline.token_run import Part, TokenRun
 from pipeline.token_stats import TokenCounts, count_parts, number_of_groups
@@ -121,7 +122,7 @@ def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
     failures = _failures(run.output)
     position_bits_N = counts.position_entropy_bits()
     return Stats(
-        output=run.output.url,
+        output=storage.public_url(run.output.url),
         tokenizer_id=run.table.tokenizer_id,
         grid=run.table.grid,
         codebook_size=run.table.codebook_size,
@@ -180,7 +181,8 @@ def _failures(output: OutputPrefix) -> Failures:
 
 def _work(output: OutputPrefix) -> dict[str, Any]:
     """What the ledger knows beside the parts."""
-    rows: Sequence[ShardResult] = list(Ledger(output).read().values())
+    with collector_paused():
+        rows: Sequence[ShardResult] = list(Ledger(output).read().values())
     done = [row for row in rows if row.state is ShardState.DONE]
     return {
         "num_failed": sum(row.num_failed for row in done),

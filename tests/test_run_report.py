@@ -60,7 +60,7 @@ def output(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     def head(url: str) -> CheckpointHead:
-        return CheckpointHead(url, url.removeprefix("checkpoint:"), (2, 2), 32, SPEC.to_json(), 1)
+        return CheckpointHead(url, url.rpartition(":")[2], (2, 2), 32, SPEC.to_json(), 1)
 
     monkeypatch.setattr(show, "read_head", head)
     monkeypatch.setattr(TokenizerSource, "load", lambda self: QuarterColours())
@@ -147,12 +147,17 @@ def test_shards_that_stand_out_are_in_the_table(tmp_path: Path) -> None:
 
 def test_what_is_known_of_the_model_is_told_or_why_it_is_not(output: str) -> None:
     run = dict(TokenRun.open(output).description)
-    plan = PlanRecord(7, 0, 0, 0, 0.0, settings={"checkpoint": "/nowhere", "shards": ["/in/*.tar"]})
-    rows = list(report_lineage.lineage(run, plan, None))
+    plan = PlanRecord(7, 0, 0, 0, 0.0, settings={"shards": ["/in/*.tar"]})
+    rows = list(report_lineage.lineage(run, plan, "/nowhere"))
     assert ("Tokens", "2 × 2 of 32 codes, row by row") in rows and ("Columns", "caption from txt (string)") in rows
     assert ("Shards", "/in/*.tar (7 when the last driver began)") in rows
     assert rows[-1][1].startswith("cannot be read from here: no checkpoint at /nowhere")
     assert dict(report_lineage.lineage(run, None, None))["Tokenizer"] == "fake-1"
+
+
+def test_no_credentials_stand_on_the_page(output: str, tmp_path: Path) -> None:
+    page = page_of(output, tmp_path, "memory://key:SECRET@models:fake-1")
+    assert "memory://models:fake-1" in page and "SECRET" not in page
 
 
 def test_pace_is_images_over_the_time_in_which_parts_were_written() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.cli import _invoke
 from jobs.stats import read_stats, run_stats
 from make_data import fake_table
 from make_tokens import TokensRun, damage_tokens, zipf_tokens
@@ -139,8 +140,11 @@ def test_where_there_is_no_run_the_exit_code_is_2_and_neither_torch_nor_ray_is_i
 
 
 @pytest.mark.ray
-def test_counting_in_ray_tasks_gives_the_same(made: TokensRun, ray_cluster: None) -> None:
-    add_shards(made, count=20, odd=3)
+def test_counting_in_ray_tasks_gives_the_same(
+    made: TokensRun, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.stats_ray.MOST_TASKS", 3)
+    add_shards(made, count=10, odd=3)
     damage_tokens(TokenRun.open(made.output.url).parts[7].url)
     here, there = (read_stats(TokenRun.open(made.output.url), ray_address=address) for address in (None, "auto"))
     assert list(here.unreadable) == list(there.unreadable) and len(here.unreadable) == 1
@@ -154,3 +158,11 @@ def test_a_run_in_a_bucket_is_counted_and_pictures_are_put_there(s3: str, capsys
     found = stats_json(made.output.url, capsys, plots=f"{s3}/stats-plots")
     assert found["num_images"] == 1200 and found["errors_by_reason"] == {"too_small": 1}
     assert len(storage.list_files(f"{s3}/stats-plots")) == 3
+
+
+def test_both_commands_are_there_with_their_options(made: TokensRun, tmp_path: Path) -> None:
+    add_shards(made, count=3)
+    assert _invoke(["stats", made.output.url, "--json", "--plots", str(tmp_path / "plots")]) == 0
+    page = tmp_path / "page.html"
+    assert _invoke(["report", made.output.url, "--html", str(page), "--images", "0"]) == 0
+    assert "600" in page.read_text() and "<img" not in page.read_text()
