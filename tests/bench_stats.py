@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from make_data import fake_table
-from make_tokens import TokensRun, zipf_tokens
+from make_tokens_run import TokensRun, zipf_tokens
 
 TABLE = fake_table(grid=(8, 8), codebook_size=1024)
 SHARD_ROWS = 10_000

@@ -15,7 +15,7 @@ import numpy as np
 from jobs.api import Tokenizer, load_tokenizer
 from jobs.show import Originals
 from jobs.stats import read_stats
-from make_tokens import TokensRun
+from make_tokens_run import TokensRun
 from pipeline.token_run import TokenRun
 from pipeline.token_table import TableSpec
 

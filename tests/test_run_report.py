@@ -13,7 +13,7 @@ from jobs import report_lineage, run_report, show
 from jobs.checkpoints import CheckpointHead, TokenizerSource
 from jobs.report_pace import pace
 from make_data import fake_table
-from make_tokens import TokensRun, damage_tokens, zipf_tokens
+from make_tokens_run import TokensRun, damage_tokens, zipf_tokens
 from pipeline import storage
 from pipeline.errors import NoRun, RunMismatch
 from pipeline.lease import Lease

@@ -16,7 +16,7 @@ from PIL import Image
 from jobs.cli import _invoke
 from jobs.stats import read_stats, run_stats
 from make_data import fake_table
-from make_tokens import TokensRun, damage_tokens, zipf_tokens
+from make_tokens_run import TokensRun, damage_tokens, zipf_tokens
 from pipeline import storage
 from pipeline.errors import NoRun
 from pipeline.lease import Lease

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from make_data import fake_table
-from make_tokens import TokensRun, damage_tokens, zipf_tokens
+from make_tokens_run import TokensRun, damage_tokens, zipf_tokens
 from pipeline import token_stats
 from pipeline.drift import divergence_bits
 from pipeline.errors import StorageError
