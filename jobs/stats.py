@@ -22,7 +22,7 @@ from pipeline.lease import is_held
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix, listed
 from pipeline.plan import collector_paused
-from pipeline.records import ShardResult, ShardState
+from pipeline.records import ShardState
 from pipeline.token_run import Part, TokenRun
 from pipeline.token_stats import TokenCounts, count_parts, number_of_groups
 
@@ -58,7 +58,7 @@ class Stats:
     num_parts: int
     num_images: int
     part_bytes: int
-    num_failed: int  # images, of the shards that are done
+    num_failed: int  # images
     num_quarantined: int  # shards
     shard_seconds: float  # of work, by all done shards together
     code_uses: list[int]
@@ -67,7 +67,7 @@ class Stats:
     num_groups: int  # of codes, by which shards are held against each other
     clumping: float  # so many tokens of an image say as much as one chosen freely
     num_standing_out: int
-    shards: list[ShardDrift]  # the furthest first, MOST_SHARDS at most
+    shards: list[ShardDrift]  # the furthest above its limit first, or nearest below it; MOST_SHARDS at most
     errors_by_reason: dict[str, int]
     error_examples: dict[str, list[dict[str, Any]]]
     unreadable: dict[str, str]  # files, and why
@@ -120,7 +120,6 @@ def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
     counting_s = time.monotonic() - begun_at
     drift = drift_of(counts.groups_PG, counts.halves_P, run.table.num_tokens)
     failures = _failures(run.output)
-    position_bits_N = counts.position_entropy_bits()
     return Stats(
         output=storage.public_url(run.output.url),
         tokenizer_id=run.table.tokenizer_id,
@@ -130,12 +129,12 @@ def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
         num_parts=len(run.parts),
         num_images=int(counts.num_rows_P.sum()),
         part_bytes=sum(part.size_bytes for part in run.parts),
-        **_work(run.output),
+        num_failed=failures.num_images,
+        num_quarantined=failures.num_shards,
+        shard_seconds=_shard_seconds(run.output),
         code_uses=counts.uses_K.tolist(),
         entropy_bits=round(float(entropy_bits(counts.uses_K[None])[0]), 6),
-        position_entropy_bits=None
-        if position_bits_N is None
-        else position_bits_N.reshape(run.table.grid).round(4).tolist(),
+        position_entropy_bits=_position_bits(counts, run.table.grid),
         num_groups=counts.groups_PG.shape[1],
         clumping=round(drift.clumping, 3),
         num_standing_out=len(drift.standing_out()),
@@ -179,16 +178,15 @@ def _failures(output: OutputPrefix) -> Failures:
     return failures
 
 
-def _work(output: OutputPrefix) -> dict[str, Any]:
-    """What the ledger knows beside the parts."""
+def _shard_seconds(output: OutputPrefix) -> float:
     with collector_paused():
-        rows: Sequence[ShardResult] = list(Ledger(output).read().values())
-    done = [row for row in rows if row.state is ShardState.DONE]
-    return {
-        "num_failed": sum(row.num_failed for row in done),
-        "num_quarantined": sum(row.state is ShardState.QUARANTINED for row in rows),
-        "shard_seconds": round(sum(row.seconds for row in done), 1),
-    }
+        rows = Ledger(output).read().values()
+    return round(sum(row.seconds for row in rows if row.state is ShardState.DONE), 1)
+
+
+def _position_bits(counts: TokenCounts, grid: tuple[int, int]) -> list[list[float]] | None:
+    bits_N = counts.position_entropy_bits()
+    return None if bits_N is None else [[round(bits, 4) for bits in row] for row in bits_N.reshape(grid).tolist()]
 
 
 def _shards(parts: Sequence[Part], counts: TokenCounts, drift: Drift) -> Iterator[ShardDrift]:

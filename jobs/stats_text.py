@@ -29,7 +29,8 @@ def _named(stats: Stats) -> Iterator[tuple[str, str]]:
     height, width = stats.grid
     yield "run", stats.output + (" (a driver is at work: these are the parts so far)" * stats.running)
     yield "tokenizer", f"{stats.tokenizer_id} · {height}x{width} tokens of {stats.codebook_size:,} codes"
-    yield "images", f"{stats.num_images:,} in {stats.num_parts:,} parts, {stats.num_failed:,} failed"
+    lost = f"; {stats.num_quarantined:,} shards quarantined" if stats.num_quarantined else ""
+    yield "images", f"{stats.num_images:,} in {stats.num_parts:,} parts, {stats.num_failed:,} failed{lost}"
     if stats.num_images:
         yield (
             "size",

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.map_ahead import map_ahead
+from pipeline.records import Stage
 from pipeline.token_table import ERRORS_SCHEMA, read_table
 
 EXAMPLES = 3  # of each reason
@@ -23,13 +24,19 @@ _EXAMPLE = ("shard", "key", "stage", "message")
 
 @dataclass
 class Failures:
-    """`counts` and `examples` by reason; `unreadable`: why errors files could not be read, by URL."""
+    """`counts` and `examples` by reason; `num_images` and `num_shards` that failed, the latter as a whole;
+    `unreadable`: why errors files could not be read, by URL."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    num_images: int = 0
+    num_shards: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def add(self, rows: pa.Table) -> None:
+        num_shards = pc.sum(pc.equal(rows["stage"], Stage.SHARD.value)).as_py() or 0
+        self.num_shards += num_shards
+        self.num_images += rows.num_rows - num_shards
         for pair in rows["reason"].value_counts().to_pylist():
             reason = pair["values"]
             self.counts[reason] = self.counts.get(reason, 0) + pair["counts"]
@@ -58,6 +65,8 @@ def _read(urls: Sequence[str]) -> list[pa.Table | dict[str, str]]:
     """All at once, or one by one where one of them is damaged."""
     try:
         return [read_table(urls, ERRORS_SCHEMA.names)]
+    except FileNotFoundError:  # a driver at work took one away, whose shard it tries again
+        return [] if len(urls) == 1 else [one for url in urls for one in _read([url])]
     except (pa.ArrowException, OSError, StorageError) as error:
         if len(urls) == 1:
             return [{storage.public_url(urls[0]): plain_text(str(error)) or ""}]

@@ -24,7 +24,8 @@ def files(folder: Path, number: int, per_file: int = 1) -> list[str]:
 
 def test_every_row_is_counted_and_the_first_few_of_a_reason_are_kept(tmp_path: Path) -> None:
     urls = files(tmp_path, 2 * FILES_AT_ONCE + 1, per_file=2)
-    rows = [failure("x", FailureReason.TOO_SMALL), failure(None, FailureReason.SHARD_TRUNCATED, "cut")]
+    whole = SampleFailure(None, None, None, None, Stage.SHARD, FailureReason.SHARD_TRUNCATED, "cut")
+    rows = [failure("x", FailureReason.TOO_SMALL), whole]
     storage.publish(urls[-1], errors_bytes(ObjectInfo("/in/last.tar", 1, "e"), rows))
     failures = Failures()
     assert sum(read_failures(urls, failures)) == len(urls)
@@ -32,8 +33,9 @@ def test_every_row_is_counted_and_the_first_few_of_a_reason_are_kept(tmp_path: P
     assert failures.most_frequent() == [("not_an_image", num), ("shard_truncated", 1), ("too_small", 1)]
     assert [example["key"] for example in failures.examples["not_an_image"]] == ["k0-0", "k0-1", "k1-0"][:EXAMPLES]
     assert failures.examples["shard_truncated"] == [
-        {"shard": "/in/last.tar", "key": None, "stage": "decode", "message": "cut"}
+        {"shard": "/in/last.tar", "key": None, "stage": "shard", "message": "cut"}
     ]
+    assert (failures.num_images, failures.num_shards) == (num + 1, 1)
 
 
 def test_a_damaged_errors_file_is_named_and_the_others_are_counted(tmp_path: Path) -> None:
@@ -43,6 +45,14 @@ def test_a_damaged_errors_file_is_named_and_the_others_are_counted(tmp_path: Pat
     assert sum(read_failures(urls, failures)) == 5
     assert failures.counts == {"not_an_image": 4}
     assert list(failures.unreadable) == [urls[2]]
+
+
+def test_an_errors_file_that_a_driver_takes_away_meanwhile_is_no_failure_any_more(tmp_path: Path) -> None:
+    urls = files(tmp_path, 5)
+    Path(urls[2]).unlink()
+    failures = Failures()
+    assert sum(read_failures(urls, failures)) == 5
+    assert failures.counts == {"not_an_image": 4} and failures.unreadable == {}
 
 
 def test_no_errors_files_are_no_failures() -> None:
