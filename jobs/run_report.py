@@ -64,7 +64,7 @@ def run_report(
     storage.publish(storage.normalize(html), page)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{storage.normalize(html)}: {stats.num_images:,} images, {len(page) / 1e6:.1f} MB", markup=False)
-    return 1 if stats.unreadable or stats.missing_parts else 0
+    return 1 if stats.num_lost else 0
 
 
 def _pace(run: TokenRun) -> Pace | None:

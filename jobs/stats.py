@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +21,9 @@ from pipeline.drift import Drift, drift_of, entropy_bits
 from pipeline.failures import Failures, plain_text, read_failures
 from pipeline.lease import is_held
 from pipeline.ledger import Ledger
-from pipeline.output import OutputPrefix, listed
+from pipeline.output import OutputPrefix, listed, part_name
 from pipeline.plan import collector_paused
-from pipeline.records import ShardState
+from pipeline.records import ShardResult, ShardState
 from pipeline.token_run import Part, TokenRun
 from pipeline.token_stats import TokenCounts, count_parts, number_of_groups
 
@@ -58,8 +59,8 @@ class Stats:
     num_parts: int
     num_images: int
     part_bytes: int
-    num_failed: int  # images
-    num_quarantined: int  # shards
+    num_failed: int  # images; as many as the errors files have, or the ledger where that is more
+    num_quarantined: int  # shards, likewise
     shard_seconds: float  # of work, by all done shards together
     code_uses: list[int]
     entropy_bits: float
@@ -70,9 +71,16 @@ class Stats:
     shards: list[ShardDrift]  # the furthest above its limit first, or nearest below it; MOST_SHARDS at most
     errors_by_reason: dict[str, int]
     error_examples: dict[str, list[dict[str, Any]]]
-    unreadable: dict[str, str]  # files, and why
-    missing_parts: list[str]  # that the ledger has
+    num_unreadable: int  # files
+    unreadable: dict[str, str]  # those files, and why; failures.MOST_NAMED at most
+    missing_parts: list[str]  # that the ledger has, and that are gone or torn
+    missing_errors: list[str]  # names of errors files that there must be by the ledger
     counting_s: float
+
+    @property
+    def num_lost(self) -> int:
+        """Files that could not be read, or are not there."""
+        return self.num_unreadable + len(self.missing_parts) + len(self.missing_errors)
 
     @property
     def used_codes(self) -> int:
@@ -98,11 +106,11 @@ class Stats:
 
 
 def run_stats(output_url: str, *, as_json: bool, plots: str | None = None, ray_address: str | None = None) -> int:
-    """0, or 1 when there are files that could not be read. Raises NoRun, RunMismatch, StorageError, ClusterError."""
+    """0, or 1 when files are missing or could not be read. Raises NoRun, RunMismatch, StorageError, ClusterError."""
     stats = read_stats(TokenRun.open(output_url), ray_address=ray_address)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
-        console.print_json(json.dumps(stats.to_json()))
+        sys.stdout.write(json.dumps(stats.to_json()) + "\n")  # Rich would take ten seconds to colour 262,144 counts
     else:
         for line in stats_lines(stats):
             console.print(line, markup=False)
@@ -110,28 +118,31 @@ def run_stats(output_url: str, *, as_json: bool, plots: str | None = None, ray_a
         from jobs.stats_plots import write_plots
 
         write_plots(stats, plots)
-    return 1 if stats.unreadable or stats.missing_parts else 0
+    return 1 if stats.num_lost else 0
 
 
 def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
     """One pass over all token rows, then one over the errors files."""
     begun_at = time.monotonic()
-    counts, unreadable = _counted(run, ray_address)
+    failures = Failures()
+    counts = _counted(run, ray_address, failures)
     counting_s = time.monotonic() - begun_at
     drift = drift_of(counts.groups_PG, counts.halves_P, run.table.num_tokens)
-    failures = _failures(run.output)
+    running, errors_files = is_held(run.output), listed(run.output.errors_folder())
+    _read_errors([info.url for _, info in sorted(errors_files.items())], failures)
+    recorded = _recorded(run.output)
     return Stats(
         output=storage.public_url(run.output.url),
         tokenizer_id=run.table.tokenizer_id,
         grid=run.table.grid,
         codebook_size=run.table.codebook_size,
-        running=is_held(run.output),
+        running=running,
         num_parts=len(run.parts),
         num_images=int(counts.num_rows_P.sum()),
         part_bytes=sum(part.size_bytes for part in run.parts),
-        num_failed=failures.num_images,
-        num_quarantined=failures.num_shards,
-        shard_seconds=_shard_seconds(run.output),
+        num_failed=max(failures.num_images, recorded.num_failed),
+        num_quarantined=max(failures.num_shards, recorded.num_quarantined),
+        shard_seconds=recorded.shard_seconds,
         code_uses=counts.uses_K.tolist(),
         entropy_bits=round(float(entropy_bits(counts.uses_K[None])[0]), 6),
         position_entropy_bits=_position_bits(counts, run.table.grid),
@@ -141,14 +152,16 @@ def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
         shards=list(_shards(run.parts, counts, drift)),
         errors_by_reason=dict(failures.most_frequent()),
         error_examples=failures.examples,
-        unreadable={**unreadable, **failures.unreadable},
+        num_unreadable=failures.num_unreadable,
+        unreadable=failures.unreadable,
         missing_parts=list(run.missing),
+        missing_errors=[] if running else sorted(recorded.errors_files - errors_files.keys()),
         counting_s=round(counting_s, 3),
     )
 
 
-def _counted(run: TokenRun, ray_address: str | None) -> tuple[TokenCounts, dict[str, str]]:
-    """The counts, and which parts could not be read to their end, and why."""
+def _counted(run: TokenRun, ray_address: str | None, failures: Failures) -> TokenCounts:
+    """Tells `failures` which parts could not be read to their end, and why."""
     if ray_address is not None:
         from jobs.stats_ray import count_on_ray
 
@@ -156,32 +169,48 @@ def _counted(run: TokenRun, ray_address: str | None) -> tuple[TokenCounts, dict[
     else:
         count = count_here
     counts = TokenCounts(run.table, len(run.parts), number_of_groups(run.table, len(run.parts), run.num_rows))
-    unreadable, num_rows = {}, 0
+    num_rows = 0
     with JobProgress("parts", len(run.parts)) as progress:
         for number, problem in count(run, counts):
             num_rows += int(counts.num_rows_P[number])
             progress.advance(1, f"{num_rows:,} images")
             if problem:
-                unreadable[storage.public_url(run.parts[number].url)] = plain_text(problem) or ""
-    return counts, unreadable
+                failures.leave_out(storage.public_url(run.parts[number].url), plain_text(problem) or "")
+    return counts
 
 
 def count_here(run: TokenRun, counts: TokenCounts) -> Iterator[tuple[int, str]]:
     return count_parts(run, run.parts, counts)
 
 
-def _failures(output: OutputPrefix) -> Failures:
-    urls, failures = [info.url for _, info in sorted(listed(output.errors_folder()).items())], Failures()
+def _read_errors(urls: Sequence[str], failures: Failures) -> None:
     with JobProgress("errors files", len(urls)) as progress:
         for num_read in read_failures(urls, failures):
             progress.advance(num_read, f"{sum(failures.counts.values()):,} rows")
-    return failures
 
 
-def _shard_seconds(output: OutputPrefix) -> float:
+@dataclass(frozen=True)
+class _Recorded:
+    """What the ledger says, and the names of the errors files that there must be if it is right."""
+
+    num_failed: int
+    num_quarantined: int
+    shard_seconds: float
+    errors_files: frozenset[str]
+
+
+def _recorded(output: OutputPrefix) -> _Recorded:
     with collector_paused():
-        rows = Ledger(output).read().values()
-    return round(sum(row.seconds for row in rows if row.state is ShardState.DONE), 1)
+        rows: list[ShardResult] = list(Ledger(output).read().values())
+    done = [row for row in rows if row.state is ShardState.DONE]
+    lost = [row for row in rows if row.state is ShardState.QUARANTINED]
+    failed = [row for row in done if row.num_failed]
+    return _Recorded(
+        num_failed=sum(row.num_failed for row in failed),
+        num_quarantined=len(lost),
+        shard_seconds=round(sum(row.seconds for row in done), 1),
+        errors_files=frozenset(row.part or part_name(row.shard) for row in [*failed, *lost]),
+    )
 
 
 def _position_bits(counts: TokenCounts, grid: tuple[int, int]) -> list[list[float]] | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jobs.wording import duration, rate, size
+from jobs.wording import counted, duration, rate, size
 from pipeline.failures import plain_text
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def _named(stats: Stats) -> Iterator[tuple[str, str]]:
     height, width = stats.grid
     yield "run", stats.output + (" (a driver is at work: these are the parts so far)" * stats.running)
     yield "tokenizer", f"{stats.tokenizer_id} · {height}x{width} tokens of {stats.codebook_size:,} codes"
-    lost = f"; {stats.num_quarantined:,} shards quarantined" if stats.num_quarantined else ""
-    yield "images", f"{stats.num_images:,} in {stats.num_parts:,} parts, {stats.num_failed:,} failed{lost}"
+    lost = f"; {counted(stats.num_quarantined, 'shard')} quarantined" if stats.num_quarantined else ""
+    yield "images", f"{stats.num_images:,} in {counted(stats.num_parts, 'part')}, {stats.num_failed:,} failed{lost}"
     if stats.num_images:
         yield (
             "size",
@@ -71,12 +71,16 @@ def _code_lines(stats: Stats) -> Iterator[tuple[str, str]]:
 
 def _missing_lines(stats: Stats) -> Iterator[tuple[str, str]]:
     if stats.missing_parts:
-        yield "missing", f"{len(stats.missing_parts):,} parts that the ledger has, as {stats.missing_parts[0]}"
+        count, first = len(stats.missing_parts), stats.missing_parts[0]
+        yield "missing", f"{counted(count, 'part')} that the ledger has, and that are gone or torn, as {first}"
+    if stats.missing_errors:
+        count, first = len(stats.missing_errors), stats.missing_errors[0]
+        yield "missing", f"{counted(count, 'errors file')} of which the ledger knows, as {first}"
     for url, problem in list(stats.unreadable.items())[:FILES_SHOWN]:
         yield "unreadable", problem if url in problem else f"{url}: {problem}"
-    if (hidden := len(stats.unreadable) - FILES_SHOWN) > 0:
-        yield "", f"and {hidden:,} more: --json lists all"
-    if stats.missing_parts or stats.unreadable:
+    if (hidden := stats.num_unreadable - FILES_SHOWN) > 0:
+        yield "", f"and {hidden:,} more: --json lists {len(stats.unreadable):,}"
+    if stats.num_lost:
         yield "", f"dvae verify {stats.output} says what to do about them"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.drift import divergence_bits, entropy_bits
-from pipeline.errors import StorageError
+from pipeline.errors import Damaged, StorageError
 from pipeline.map_ahead import map_ahead
 from pipeline.token_run import Part, TokenRun
 from pipeline.token_table import TableSpec
@@ -25,7 +25,7 @@ LEAST_GROUPS = 16
 TOKENS_A_GROUP = 16  # of an average part; with fewer chance is all there is to see
 TOKENS_AT_ONCE = 1 << 20  # become indexes of eight bytes each
 READERS = 4  # parts at once
-MOST_UNREAD = 100
+MOST_UNREAD, UNREAD_SHARE = 100, 0.01  # more than both: it is the store that fails
 
 
 def number_of_groups(table: TableSpec, num_parts: int, num_rows: int) -> int:
@@ -117,19 +117,19 @@ def _require_codes(tokens_BN: Tokens, codebook_size: int) -> None:
 
 def count_parts(run: TokenRun, parts: Sequence[Part], counts: TokenCounts) -> Iterator[tuple[int, str]]:
     """Count these parts; gives each one's number and, where it could not be read to its end, why. Raises StorageError
-    when that are too many: then it is the store that fails."""
+    when too many cannot be fetched. Damaged ones never are: that a whole run is damaged is an answer."""
     batch_rows = max(1, TOKENS_AT_ONCE // run.table.num_tokens)
 
-    def count(place: tuple[int, Part]) -> str:
+    def count(place: tuple[int, Part]) -> StorageError | ValueError | None:
         try:
             counts.count_part(place[0], (batch.tokens_BN for batch in run.batches([place[1]], rows=batch_rows)))
         except (StorageError, ValueError) as error:
-            return str(error)
-        return ""
+            return error
+        return None
 
-    num_unread = 0
+    num_unread, most = 0, max(MOST_UNREAD, int(UNREAD_SHARE * len(parts)))
     for number, problem in enumerate(map_ahead(count, enumerate(parts), threads=READERS)):
-        num_unread += bool(problem)
-        if num_unread > MOST_UNREAD:
-            raise StorageError(f"more than {MOST_UNREAD} parts cannot be read, the last one because {problem}")
-        yield number, problem
+        num_unread += isinstance(problem, StorageError) and not isinstance(problem, Damaged)
+        if num_unread > most:
+            raise StorageError(f"more than {most} parts cannot be read, the last one because {problem}")
+        yield number, str(problem or "")

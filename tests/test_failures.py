@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
 from pipeline import storage
 from pipeline.failures import EXAMPLES, FILES_AT_ONCE, MOST_CHARACTERS, Failures, plain_text, read_failures
 from pipeline.records import FailureReason, ObjectInfo, SampleFailure, Stage
-from pipeline.token_table import errors_bytes
+from pipeline.token_table import ERRORS_SCHEMA, errors_bytes
 
 
 def failure(key: str | None, reason: FailureReason, message: str = "why") -> SampleFailure:
@@ -53,6 +57,29 @@ def test_an_errors_file_that_a_driver_takes_away_meanwhile_is_no_failure_any_mor
     failures = Failures()
     assert sum(read_failures(urls, failures)) == 5
     assert failures.counts == {"not_an_image": 4} and failures.unreadable == {}
+
+
+def test_a_reason_that_is_none_of_ours_is_unknown_whatever_it_says(tmp_path: Path) -> None:
+    for n, reason in enumerate(["\x1b[2J" + "x" * 2_000_000, "nobody's", "", "too_small"]):
+        rows = dict.fromkeys(ERRORS_SCHEMA.names, [None]) | {"shard": ["s"], "message": ["m"]}
+        rows |= {"reason": [reason], "stage": ["decode"]}
+        pq.write_table(pa.table(rows, ERRORS_SCHEMA), tmp_path / f"{n}.parquet")
+    failures = Failures()
+    list(read_failures([str(path) for path in sorted(tmp_path.iterdir())], failures))
+    assert failures.counts == {"unknown": 3, "too_small": 1} and failures.num_images == 4
+    assert len(failures.examples["unknown"]) == 3
+
+
+def test_of_many_damaged_files_some_are_named_and_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.failures.MOST_NAMED", 3)
+    urls = files(tmp_path, 5)
+    for url in urls:
+        Path(url).write_bytes(b"PAR1 no more")
+    failures = Failures()
+    list(read_failures(urls, failures))
+    assert failures.num_unreadable == 5 and list(failures.unreadable) == urls[:3]
 
 
 def test_no_errors_files_are_no_failures() -> None:

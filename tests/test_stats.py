@@ -121,6 +121,29 @@ def test_a_damaged_and_a_missing_part_are_named_and_the_exit_code_is_1(
     assert parts[1].name in said and parts[3].name in said and "dvae verify" in said
 
 
+def test_errors_files_that_are_gone_are_missed_by_the_ledger_and_not_taken_for_no_failures(
+    made: TokensRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_shards(made)
+    (errors,) = storage.list_files(made.output.errors_folder())
+    Path(errors.url).unlink()
+    found = stats_json(made.output.url, capsys, code=1)
+    assert found["num_failed"] == 1 and found["missing_errors"] == [Path(errors.url).name]
+    assert run_stats(made.output.url, as_json=False) == 1
+    assert f"1 errors file of which the ledger knows, as {Path(errors.url).name}" in capsys.readouterr().out
+
+
+def test_json_of_a_large_codebook_is_one_line_that_nothing_colours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console.Console.print_json", None)
+    made = TokensRun(str(tmp_path / "out"), fake_table(grid=(2, 2), codebook_size=262_144))
+    made.add("/in/0.tar", np.array([[0, 5, 5, 262_143]]))
+    assert run_stats(made.output.url, as_json=True) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and json.loads(said)["code_uses"][5] == 2
+
+
 def test_a_run_at_work_is_counted_as_far_as_it_is(made: TokensRun, capsys: pytest.CaptureFixture[str]) -> None:
     add_shards(made, count=2)
     with Lease(made.output):

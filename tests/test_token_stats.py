@@ -125,3 +125,13 @@ def test_a_store_that_is_gone_ends_it_instead_of_a_million_problems(
     monkeypatch.setattr(token_stats, "MOST_UNREAD", 3)
     with pytest.raises(StorageError, match="more than 3 parts cannot be read"):
         list(count_parts(opened, opened.parts, TokenCounts(TABLE, 6, 50)))
+
+
+def test_any_number_of_damaged_parts_is_an_answer(run: TokensRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = TokenRun.open(run.output.url)
+    for part in opened.parts[1:]:
+        damage_tokens(part.url)
+    monkeypatch.setattr(token_stats, "MOST_UNREAD", 3)
+    counts = TokenCounts(TABLE, 6, 50)
+    assert [bool(problem) for _, problem in count_parts(opened, opened.parts, counts)] == [False] + 5 * [True]
+    assert counts.num_rows_P.tolist() == [40, 0, 0, 0, 0, 0]
