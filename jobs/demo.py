@@ -233,8 +233,8 @@ def _print_answer(console: Console, title: str, output: str, query: str) -> None
 def _print_checks(console: Console, checks: tuple[Check, ...]) -> None:
     console.print("\n[bold]Checks[/]")
     for check in checks:
-        verdict = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-        console.print(f"{verdict}  {escape(check.claim)}: {escape(check.found)}")
+        colour = "green" if check.passed else "red"
+        console.print(f"[{colour}]{check.verdict}[/]  {escape(check.claim)}: {escape(check.found)}")
 
 
 def _print_what_is_where(console: Console, place: DemoFolder, site: Site, results: Results) -> None:

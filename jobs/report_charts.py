@@ -53,20 +53,36 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> Marku
 
 
 def bar_chart(
-    values: Sequence[float], titles: Sequence[str], *, x_label: str, y_label: str, x_to: float | None = None
+    values: Sequence[float],
+    titles: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str,
+    x_to: float | None = None,
+    limits: Sequence[float] = (),
 ) -> Markup:
-    """One thin bar per value, each with its title for whoever points at it. The axis counts them, or goes to `x_to`."""
+    """One thin bar per value, each with its title for whoever points at it. The axis counts them, or goes to `x_to`.
+    `limits`: one for each bar or none, a line across it; bars above theirs have another colour."""
     x = _Scale(0, max(1, len(values)), _LEFT, WIDTH - _RIGHT)
     axis = x if x_to is None else _Scale(0, x_to, _LEFT, WIDTH - _RIGHT)
-    y = _Scale(0.0, max([*values, 1e-9]), HEIGHT - _BOTTOM, _TOP)
+    furthest = max([*values, 1e-9])
+    highest = max([furthest, *(limit for limit in limits if limit <= 2 * furthest)])  # others are far above
+    y = _Scale(0.0, highest, HEIGHT - _BOTTOM, _TOP)
     width = (x.px(1) - x.px(0)) * (0.8 if len(values) < 64 else 1.0)
     bars = [
-        Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-            _n(x.px(n)), _n(y.px(value)), _n(width), _n(y.px(0) - y.px(value)), title
+        Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+            "bar odd" if limits and value > limits[n] else "bar",
+            *(_n(x.px(n)), _n(y.px(value)), _n(width), _n(y.px(0) - y.px(value)), title),
         )
         for n, (value, title) in enumerate(zip(values, titles, strict=True))
     ]
+    bars += [_limit(x.px(n), width, y.px(limit)) for n, limit in enumerate(limits) if limit <= highest]
     return _svg(f"{y_label} by {x_label}", _axes(axis, y, x_label, y_label) + Markup("").join(bars))
+
+
+def _limit(x_px: float, width: float, y_px: float) -> Markup:
+    line = Markup('<line class="limit" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    return line.format(_n(x_px - 0.5), _n(x_px + width + 0.5), _n(y_px), _n(y_px))
 
 
 def grid_map(values: Sequence[Sequence[float]], *, label: str) -> Markup:

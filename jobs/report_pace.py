@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-MOST_BINS, LEAST_BINS = 60, 4
+MOST_BINS = 60
 PARTS_A_BIN = 3  # on average: with fewer it is the parts that show, not the pace
+LEAST_PARTS, LEAST_S = 12, 5.0  # with less, it is when the last parts were written that shows
 UNITS = ((172_800.0, 86_400.0, "days"), (5_400.0, 3_600.0, "hours"), (90.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
@@ -26,13 +27,13 @@ class Pace:
 
 def pace(num_rows: Mapping[str, int], written_at: Mapping[str, float]) -> Pace | None:
     """By the names of parts; what the first part holds was made before it was there, so it does not count. None where
-    times say nothing: there is one part, or all were written at one moment."""
+    times say nothing: there are few parts, or all were written at about one moment."""
     times = sorted((written_at[name], rows) for name, rows in num_rows.items() if name in written_at)
     first_s, last_s = (times[0][0], times[-1][0]) if times else (0.0, 0.0)
-    if last_s <= first_s:
+    if len(times) < LEAST_PARTS or last_s - first_s < LEAST_S:
         return None
     after = [(time, rows) for time, rows in times if time > first_s]
-    num_bins = min(MOST_BINS, max(LEAST_BINS, len(after) // PARTS_A_BIN))
+    num_bins = min(MOST_BINS, max(1, len(after) // PARTS_A_BIN))
     rows, _ = np.histogram(
         [time for time, _ in after], num_bins, range=(first_s, last_s), weights=[rows for _, rows in after]
     )

@@ -16,11 +16,21 @@ TEMPLATE = "report_page.html"
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must hold, and what was found."""
+    """Something that must hold, and what was found. `passed` is None where neither is said: then `otherwise` is."""
 
     claim: str
-    passed: bool
+    passed: bool | None
     found: str
+    otherwise: str = "not told"
+
+    @property
+    def verdict(self) -> str:
+        return self.otherwise if self.passed is None else "passed" if self.passed else "FAILED"
+
+    @property
+    def colour(self) -> str:
+        """Class of its word on the page."""
+        return "doubt" if self.passed is None else "good" if self.passed else "bad"
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,11 @@ class Report:
 
     @property
     def failed(self) -> int:
-        return sum(not check.passed for check in self.checks)
+        return sum(check.passed is False for check in self.checks)
+
+    @property
+    def in_doubt(self) -> int:
+        return sum(check.passed is None for check in self.checks)
 
 
 def render(report: Report) -> str:
@@ -91,4 +105,4 @@ def render(report: Report) -> str:
     environment.filters["b64"] = lambda data: base64.b64encode(data).decode("ascii")
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     values = {name: getattr(report, name) for name in report.__dataclass_fields__}
-    return template.render(values, failed=report.failed)
+    return template.render(values, failed=report.failed, in_doubt=report.in_doubt)

@@ -30,9 +30,10 @@ def code_use_chart(uses_K: NDArray[np.int64], of_what: str) -> Chart:
         x_to=len(uses_K),
     )
     used = int((uses_K > 0).sum())
-    return Chart(
-        svg, f"How often each of the {len(uses_K):,} codes is used {of_what}; {used:,} are used at least once."
-    )
+    caption = f"How often each of the {len(uses_K):,} codes is used {of_what}; {used:,} are used at least once."
+    if len(groups) < len(uses_K):
+        caption += f" Each bar is the mean of {len(groups[0])} codes."
+    return Chart(svg, f"{caption} The most, {uses_K[order_K[0]]:,} times: code {order_K[0]}.")
 
 
 def _title(codes: NDArray[np.intp], uses_K: NDArray[np.int64]) -> str:

@@ -13,9 +13,9 @@ from jobs.report_pace import Pace
 from jobs.report_page import Chart, Check, Figure, Report, Snippet, Table, TilePair
 from jobs.report_pieces import READING_NOTE, back_into_pictures, code_use_chart, reading_lines
 from jobs.stats import ShardDrift, Stats
-from jobs.stats_text import none_stands_out
+from jobs.stats_text import can_be_told, none_stands_out
 from jobs.status import Status
-from jobs.wording import duration, rate, size
+from jobs.wording import counted, duration, rate, size
 from pipeline import storage
 from pipeline.failures import plain_text
 
@@ -36,6 +36,7 @@ class RunFacts:
     lineage: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
     checkpoint: str | None
+    max_failed_samples: float | None  # a share, as the last driver was told; None where nobody knows
 
 
 def make_page(facts: RunFacts) -> Report:
@@ -87,18 +88,37 @@ def _figures(facts: RunFacts) -> Iterator[Figure]:
 def _checks(facts: RunFacts) -> Iterator[Check]:
     stats, status = facts.stats, facts.status
     if status.state != "running":
-        done = f"{status.num_done:,} of {status.num_shards or 0:,} done, {status.num_quarantined:,} quarantined"
+        planned = f" of {status.num_shards:,}" if status.num_shards else ""
+        done = f"{status.num_done:,}{planned} done, {status.num_quarantined:,} quarantined"
         yield Check("Every shard is accounted for", status.state == "complete", done)
+    yield _budget_check(stats, facts.max_failed_samples)
     yield Check("No shard was given up", not status.num_quarantined, f"{status.num_quarantined:,} quarantined")
-    lost = len(stats.unreadable) + len(stats.missing_parts)
-    first = next(iter([*stats.unreadable.values(), *stats.missing_parts]), "")
-    yield Check(
-        "Every file is there and whole", not lost, f"{lost:,} are not: {first}" if lost else "every page checked"
-    )
-    found = (
-        f"{stats.num_standing_out:,} of {stats.num_parts:,} do" if stats.num_standing_out else none_stands_out(stats)
-    )
-    yield Check("No shard stands out in its use of the codes", not stats.num_standing_out, found)
+    yield _files_check(stats)
+    yield _drift_check(stats)
+
+
+def _budget_check(stats: Stats, allowed: float | None) -> Check:
+    share = stats.num_failed / max(1, stats.num_images + stats.num_failed)
+    limit = "what the run allows is not known" if allowed is None else f"max_failed_samples allows {allowed:.2%}"
+    passed = None if allowed is None and stats.num_failed else share <= (allowed or 0.0)
+    found = f"{stats.num_failed:,} failed, {share:.2%} of all; {limit}"
+    return Check("No more images failed than the run allows", passed, found)
+
+
+def _files_check(stats: Stats) -> Check:
+    claim = "Every file is there, and every token can be read"
+    if not stats.num_lost:
+        return Check(claim, True, "every page of tokens was read; dvae verify reads the rest")
+    first = next(iter([*stats.unreadable.values(), *stats.missing_parts, *stats.missing_errors]), "")
+    return Check(claim, False, f"{counted(stats.num_lost, 'file')} missing or damaged, as {_text(first)}")
+
+
+def _drift_check(stats: Stats) -> Check:
+    claim = "No shard stands out in its use of the codes"
+    if not stats.num_standing_out:
+        return Check(claim, True if can_be_told(stats) else None, none_stands_out(stats))
+    found = f"{stats.num_standing_out:,} of {stats.num_parts:,} do: another model, or other images"
+    return Check(claim, None, found, otherwise="look at")
 
 
 def _tiles_note(facts: RunFacts) -> str:
@@ -148,15 +168,18 @@ def _shard_chart(stats: Stats) -> Chart:
     svg = bar_chart(
         [shard.divergence_bits for shard in shown],
         titles,
-        x_label="shards, the nearest to its limit first",
+        x_label="shards, the furthest above its limit first",
         y_label="bits",
+        limits=[shard.threshold_bits for shard in shown],
     )
     every = len(shown) == stats.num_parts
-    which = "each shard is" if every else f"the {len(shown):,} shards nearest to their limits are"
+    which = "each shard is" if every else f"each of these {len(shown):,} shards is"
+    odd = f"red where it is above: {stats.num_standing_out:,} of {stats.num_parts:,}"
+    told = f"A line across a bar is its limit, where it is not far above all; {odd}." if len(stats.shards) > 2 else ""
     return Chart(
         svg,
         f"How far {which} from the others in the use of codes (Jensen-Shannon divergence: 0 alike, 1 no code in "
-        f"common). A shard stands out above about {shown[0].threshold_bits:.4f} bits.",
+        f"common). {told}".rstrip(),
     )
 
 

@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.failures import plain_text
 from pipeline.pictures import draw_pair, encode_png
-from pipeline.plan import read_plan_record
+from pipeline.plan import PlanRecord, read_plan_record
 from pipeline.token_run import TokenRun
 
 # B images, H W token rows and columns, C colours
@@ -59,12 +59,18 @@ def run_report(
         lineage=tuple(lineage(run.description, plan, model)),
         columns=tuple(column.name for column in run.table.columns),
         checkpoint=storage.public_url(model) if model else None,
+        max_failed_samples=_allowed(plan),
     )
     page = render(make_page(facts)).encode()
     storage.publish(storage.normalize(html), page)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{storage.normalize(html)}: {stats.num_images:,} images, {len(page) / 1e6:.1f} MB", markup=False)
     return 1 if stats.num_lost else 0
+
+
+def _allowed(plan: PlanRecord | None) -> float | None:
+    allowed = plan.settings.get("max_failed_samples") if plan else None
+    return float(allowed) if isinstance(allowed, int | float) else None
 
 
 def _pace(run: TokenRun) -> Pace | None:

@@ -33,7 +33,8 @@ MOST_USED = 10
 
 @dataclass(frozen=True)
 class ShardDrift:
-    """Bits: how far a shard's use of the codes is from that of the others, what chance would give, and the limit."""
+    """Bits: how far a shard's use of the codes is from that of the others, what chance would give, and the limit (1:
+    nothing can be told)."""
 
     shard: str | None  # None in a part that holds several
     part: str
@@ -68,6 +69,7 @@ class Stats:
     num_groups: int  # of codes, by which shards are held against each other
     clumping: float  # so many tokens of an image say as much as one chosen freely
     num_standing_out: int
+    num_too_small: int  # shards with too few images to tell whether they stand out
     shards: list[ShardDrift]  # the furthest above its limit first, or nearest below it; MOST_SHARDS at most
     errors_by_reason: dict[str, int]
     error_examples: dict[str, list[dict[str, Any]]]
@@ -149,6 +151,7 @@ def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
         num_groups=counts.groups_PG.shape[1],
         clumping=round(drift.clumping, 3),
         num_standing_out=len(drift.standing_out()),
+        num_too_small=drift.num_too_small(),
         shards=list(_shards(run.parts, counts, drift)),
         errors_by_reason=dict(failures.most_frequent()),
         error_examples=failures.examples,

@@ -51,7 +51,7 @@ def _pictures(stats: Stats) -> Iterator[tuple[str, Pixels]]:
                 np.array([shard.threshold_bits for shard in stats.shards]),
                 title="How far each shard's use of the codes is from that of the others",
                 note=f"{stats.num_standing_out:,} of {stats.num_parts:,} stand out; dashes are the limits",
-                x_label=f"shards, the furthest first ({len(stats.shards):,} of {stats.num_parts:,})",
+                x_label=f"shards, the furthest above its limit first ({len(stats.shards):,} of {stats.num_parts:,})",
                 y_label="bits",
             ),
         )

@@ -97,15 +97,27 @@ def _shard_lines(stats: Stats) -> Iterator[str]:
     yield f"{'':<12}another model or normalisation, or other images: dvae show, dvae verify --sample"
 
 
+def can_be_told(stats: Stats) -> bool:
+    """Whether enough is there to say that no shard stands out."""
+    return len(stats.shards) > 2 and stats.num_too_small <= stats.num_parts // 2
+
+
 def none_stands_out(stats: Stats) -> str:
-    """Said where no shard stands out."""
+    """Said where no shard stands out, or none can be told to."""
     if len(stats.shards) < 2:
         return "nothing to hold against each other yet"
     furthest = stats.shards[0]
-    return (
-        f"none stands out: the nearest to its limit of {furthest.threshold_bits:.4f} bits is "
-        f"{furthest.divergence_bits:.4f} away from the others; by chance alone it would be {furthest.noise_bits:.4f}"
+    bits, chance = f"{furthest.divergence_bits:.4f}", f"{furthest.noise_bits:.4f}"
+    if len(stats.shards) == 2:
+        return f"two are {bits} bits apart, by chance alone it would be {chance}; which of them is odd cannot be told"
+    few = f"{stats.num_too_small:,} of {counted(stats.num_parts, 'shard')} have too few images to tell"
+    if not can_be_told(stats):
+        return few
+    nearest = (
+        f"none stands out: the nearest to its limit of {furthest.threshold_bits:.4f} bits is {bits} away from the "
+        f"others; by chance alone it would be {chance}"
     )
+    return f"{nearest}; {few}" if stats.num_too_small else nearest
 
 
 def _shard_line(shard: ShardDrift) -> str:

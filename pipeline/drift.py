@@ -17,6 +17,7 @@ Bits = NDArray[np.float64]
 NOISE_TIMES = 3.0  # what chance explains is allowed so often
 SPREAD_TIMES = 10.0  # of the way from the lower quartile of shards to the median: 6.7 sigma, if normal
 LEAST_SPREAD = 0.5  # or this share of the median, whichever is more: quartiles of a few shards say little
+MOST_BITS = 0.5  # of a limit: above it even the shard of another model may pass, so it tells nothing
 TRIMS = 3  # after so many choices of the half that agrees the choice stands
 BLOCK_VALUES = 1 << 20  # of counts that are turned into floats at a time
 
@@ -24,8 +25,8 @@ BLOCK_VALUES = 1 << 20  # of counts that are turned into floats at a time
 @dataclass(frozen=True)
 class Drift:
     """By shard, in bits: its divergence from the half of the shards that agree best (0 alike, 1 no code in common; NaN
-    without tokens), what chance alone would give, and the threshold above which it stands out. `clumping`: so many
-    tokens count as one, for those of an image go together."""
+    without tokens), what chance alone would give, and the threshold above which it stands out, 1 at most. `clumping`:
+    so many tokens count as one, for those of an image go together."""
 
     divergence_S: Bits
     noise_S: Bits
@@ -35,6 +36,10 @@ class Drift:
     def standing_out(self) -> NDArray[np.intp]:
         """Numbers of the shards above their threshold, the furthest first."""
         return self.furthest()[: int((self.divergence_S > self.threshold_S).sum())]
+
+    def num_too_small(self) -> int:
+        """Shards with so few images that chance explains nearly anything."""
+        return int((self.threshold_S[~np.isnan(self.divergence_S)] > MOST_BITS).sum())
 
     def furthest(self) -> NDArray[np.intp]:
         """Numbers of all shards that have tokens, by how far they are above their threshold, or below it."""
@@ -67,15 +72,17 @@ def drift_of(groups_SG: Counts, halves_S: Bits, tokens_per_image: int) -> Drift:
         divergence_S, others_S = _from_reference(groups_SG, tokens_S, in_reference_S)
         noise_S = clumping * chance * (_over(tokens_S) + _over(others_S))
         in_reference_S = _nearest_half(divergence_S - noise_S)
-    return Drift(divergence_S, noise_S, NOISE_TIMES * noise_S + _usual_excess(divergence_S - noise_S), clumping)
+    threshold_S = np.minimum(NOISE_TIMES * noise_S + _usual_excess(divergence_S - noise_S), 1.0)
+    return Drift(divergence_S, noise_S, threshold_S, clumping)
 
 
 def _usual_excess(excess_S: Bits) -> float:
     """The most by which a shard like the others differs beyond chance, for images differ from shard to shard. Taken
-    from the lower half, where odd shards do not come. Of two shards nobody can tell which is odd: chance decides."""
+    from the lower half, where odd shards do not come. 1, above which nothing is, for two shards: nobody can tell how
+    much is usual, nor which of them is odd."""
     known_S = np.maximum(excess_S[~np.isnan(excess_S)], 0.0)
     if len(known_S) < 3:
-        return 0.0
+        return 1.0
     quartile, median = np.quantile(known_S, (0.25, 0.5))
     return float(median + max(SPREAD_TIMES * (median - quartile), LEAST_SPREAD * median))
 

@@ -86,10 +86,21 @@ def test_a_small_shard_is_allowed_more_than_a_large_one() -> None:
     assert found.noise_S[0] > 5 * found.noise_S[-1]
 
 
-def test_of_two_shards_both_are_named_for_nobody_knows_which_one_is_wrong() -> None:
+def test_of_two_shards_neither_is_named_for_nobody_knows_which_one_is_odd() -> None:
     one, other = (alike(np.random.default_rng(seed)) for seed in (0, 1))
     assert drift([one, other]).standing_out().size == 0
-    assert sorted(drift([one, OTHER_MODEL_K[other]]).standing_out()) == [0, 1]
+    found = drift([one, OTHER_MODEL_K[other]])
+    assert found.standing_out().size == 0
+    assert found.divergence_S.min() > 10 * found.noise_S.max()
+
+
+def test_shards_of_few_images_have_a_limit_that_tells_nothing_and_say_so() -> None:
+    small = [alike(np.random.default_rng(seed), num_rows=2) for seed in range(9)]
+    large = [alike(np.random.default_rng(seed)) for seed in range(20, 31)]
+    found = drift(small)
+    assert found.num_too_small() == 9 and found.threshold_S.max() <= 1.0
+    assert drift(large).num_too_small() == 0
+    assert drift([*large, small[0]]).num_too_small() == 1
 
 
 def test_shards_without_rows_and_a_shard_alone_are_held_against_nothing() -> None:

@@ -61,7 +61,7 @@ def test_an_errors_file_that_a_driver_takes_away_meanwhile_is_no_failure_any_mor
 
 def test_a_reason_that_is_none_of_ours_is_unknown_whatever_it_says(tmp_path: Path) -> None:
     for n, reason in enumerate(["\x1b[2J" + "x" * 2_000_000, "nobody's", "", "too_small"]):
-        rows = dict.fromkeys(ERRORS_SCHEMA.names, [None]) | {"shard": ["s"], "message": ["m"]}
+        rows = {name: [None] for name in ERRORS_SCHEMA.names} | {"shard": ["s"], "message": ["m"]}
         rows |= {"reason": [reason], "stage": ["decode"]}
         pq.write_table(pa.table(rows, ERRORS_SCHEMA), tmp_path / f"{n}.parquet")
     failures = Failures()

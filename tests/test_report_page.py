@@ -131,6 +131,25 @@ def test_many_codes_share_bars_and_none_is_left_out() -> None:
     titles = [one[0].text or "" for one in root if one.tag == "rect"]
     assert len(titles) == 256 and titles[0].startswith("32 codes, as token 999: ")
     assert "8,192 codes is used here; 8,183 are used" in chart.caption
+    assert "Each bar is the mean of 32 codes. The most, 999 times: code 999." in chart.caption
+    assert "mean" not in code_use_chart(np.array([1, 7, 2]), "here").caption
+
+
+def test_each_bar_has_its_own_limit_and_is_told_from_those_below_theirs() -> None:
+    chart = bar_chart([3.0, 2.0, 1.0], ["a", "b", "c"], x_label="x", y_label="y", limits=[2.5, 4.0, 50.0])
+    root = ElementTree.fromstring(chart)
+    bars = [one for one in root if one.tag == "rect"]
+    limits = [one for one in root if one.attrib.get("class") == "limit"]
+    assert [bar.attrib["class"] for bar in bars] == ["bar odd", "bar", "bar"]
+    assert len(limits) == 2  # the last is far above all
+    assert float(limits[0].attrib["y1"]) > float(bars[0].attrib["y"])
+    assert float(limits[1].attrib["y1"]) < float(bars[1].attrib["y"])
+
+
+def test_a_check_in_doubt_is_neither_passed_nor_failed() -> None:
+    checks = (Check("a", True, ""), Check("b", None, ""), Check("c", None, "", otherwise="look at"))
+    page = render(Report("title", "subtitle", (), checks, (), "", (), (), ()))
+    assert "1 of 3 checks passed, none failed" in page and ">not told<" in page and ">look at<" in page
 
 
 def test_sections_without_anything_in_them_are_left_out() -> None:

@@ -34,6 +34,7 @@ from test_show import SPEC, QuarterColours
 HOSTILE = (
     "\"'><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>{{ 7*7 }}\x1b[2J\u202e" + "w" * 5000
 )
+BUDGET = {"max_failed_samples": 0.05}
 TABLE = TableSpec("fake-1", (2, 2), 32, SPEC.to_json(), (MetadataColumn("caption", "txt", "string"),))
 
 
@@ -49,7 +50,7 @@ def output(tmp_path: Path) -> str:
     out = OutputPrefix(str(tmp_path / "out"))
     claim(out, RunDescription(TABLE, {}, {"device": "cpu"}), accept_numerics=False)
     plan = make_plan(expand(summary.shard_urls), out, Ledger(out), TABLE)
-    record_plan(out, plan, {"shards": list(summary.shard_urls), "checkpoint": "/models/<b>dvae</b>"})
+    record_plan(out, plan, {"shards": list(summary.shard_urls), "checkpoint": "/models/<b>dvae</b>", **BUDGET})
     worker = TokenizeWorker(QuarterColours(), TokenizeJob(out, TABLE, batch_size=2, decode_threads=1))
     Ledger(out).append([worker.tokenize(task) for task in plan.todo])
     worker.close()
@@ -77,7 +78,9 @@ def page_of(
 def test_the_page_says_what_there_is_and_harmful_text_stays_text(output: str, tmp_path: Path) -> None:
     page = page_of(output, tmp_path)
     parsed = Parsed(page)
-    assert "All 4 checks passed" in parsed.text
+    assert "4 of 5 checks passed, none failed" in parsed.text
+    assert "1 failed, 3.23% of all; max_failed_samples allows 5.00%" in parsed.text
+    assert "6 of 7 shards have too few images to tell" in parsed.text
     for said in (
         "images tokenised, in 7 parts",
         "7 of 7",
@@ -125,7 +128,33 @@ def test_another_model_is_refused_and_nothing_is_written(output: str, tmp_path: 
 def test_a_damaged_part_fails_a_check_and_the_rest_is_shown(output: str, tmp_path: Path) -> None:
     damage_tokens(TokenRun.open(output).parts[0].url)
     page = page_of(output, tmp_path, code=1)
-    assert "1 of 4 checks failed" in page and page.count("<img") > 5
+    assert "1 of 5 checks failed" in page and page.count("<img") > 5
+
+
+@pytest.mark.parametrize("what", ["budget", "errors"])
+def test_a_run_over_its_budget_or_without_its_errors_files_fails_a_check(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "budget":
+        monkeypatch.setattr(run_report, "_allowed", lambda plan: 0.03)
+    else:
+        for errors in storage.list_files(OutputPrefix(output).errors_folder()):
+            Path(errors.url).unlink()
+    page = page_of(output, tmp_path, code=int(what == "errors"))
+    assert page.count("FAILED") == 1 and "1 of 5 checks failed" in page
+    assert "1 failed, 3.23% of all" in page
+
+
+def test_where_nobody_knows_the_budget_or_there_is_one_shard_nothing_is_claimed(tmp_path: Path) -> None:
+    made = TokensRun(str(tmp_path / "out"), fake_table(grid=(2, 2), codebook_size=32))
+    bad = [SampleFailure("k", 1, 0, 9, Stage.DECODE, FailureReason.TOO_SMALL, "8x8")]
+    made.add("/in/0.tar", zipf_tokens(200, made.table, 0), bad)
+    storage.publish(made.output.file("manifest.json"), b"{}")
+    page = page_of(made.output.url, tmp_path, None)
+    assert "3 of 5 checks passed, none failed" in page and page.count(">not told<") == 2
+    made.add("/in/1.tar", zipf_tokens(200, made.table, 1, shuffled=4))
+    page = page_of(made.output.url, tmp_path, None)
+    assert page.count(">not told<") == 2 and "which of them is odd cannot be told" in page
 
 
 def test_a_run_that_has_just_begun_and_one_that_stopped_are_told_apart(tmp_path: Path) -> None:
@@ -134,7 +163,7 @@ def test_a_run_that_has_just_begun_and_one_that_stopped_are_told_apart(tmp_path:
         assert "A driver is at work" in page_of(made.output.url, tmp_path, None)
     made.add("/in/0.tar", zipf_tokens(3, made.table, 0))
     page = page_of(made.output.url, tmp_path, None)
-    assert "Not complete, and nobody at work" in page and "1 of 4 checks failed" in page
+    assert "Not complete, and nobody at work" in page and "1 of 5 checks failed" in page
 
 
 def test_shards_that_stand_out_are_in_the_table(tmp_path: Path) -> None:
@@ -143,6 +172,8 @@ def test_shards_that_stand_out_are_in_the_table(tmp_path: Path) -> None:
         made.add(f"/in/{number}.tar", zipf_tokens(100, made.table, number, shuffled=9 if number == 4 else None))
     page = page_of(made.output.url, tmp_path, None)
     assert "Shards that stand out in their use of the codes" in page and "<td>/in/4.tar</td>" in page
+    assert ">look at<" in page and "FAILED</td><td>No shard stands out" not in page
+    assert page.count('class="bar odd"') == 1 and page.count('class="limit"') >= 1
 
 
 def test_what_is_known_of_the_model_is_told_or_why_it_is_not(output: str) -> None:
@@ -166,8 +197,18 @@ def test_pace_is_images_over_the_time_in_which_parts_were_written() -> None:
     assert found is not None and found.unit == "minutes" and found.length == pytest.approx(990 / 60)
     assert sum(found.images_per_s) * 990 / len(found.images_per_s) == pytest.approx(99 * 50)
     assert np.median(found.images_per_s) == pytest.approx(5.0, rel=0.15)
-    assert pace({"a": 5}, {"a": 1.0}) is None and pace({"a": 5, "b": 5}, {"a": 1.0, "b": 1.0}) is None
-    assert pace({"a": 5, "b": 5}, {}) is None
+    assert pace(dict.fromkeys(times, 50), dict.fromkeys(times, 1.0)) is None
+    assert pace(dict.fromkeys(times, 50), {}) is None
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 5, 11, 12, 13])
+def test_of_few_parts_there_is_no_pace_and_then_never_far_from_the_truth(num_parts: int) -> None:
+    times = {f"{n}": 100.0 * n for n in range(num_parts)}
+    found = pace(dict.fromkeys(times, 50), times)
+    if num_parts < 12:
+        assert found is None
+    else:
+        assert found is not None and max(found.images_per_s) <= 1.5 * 0.5
 
 
 needs_browser = pytest.mark.skipif(
