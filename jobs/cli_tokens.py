@@ -32,7 +32,7 @@ def report(
         str | None, typer.Option(help="the checkpoint that made the tokens, to show what they say")
     ] = None,
     html: Annotated[str, typer.Option(help="the page to write: a path or URL")] = "report.html",
-    images: Annotated[int, typer.Option(help="most images to show", min=0)] = 12,
+    images: Annotated[int, typer.Option(help="most images to show", min=0, max=200)] = 12,
     ray: Annotated[
         str | None, typer.Option(help="count in Ray tasks: auto, an address, or local", metavar="ADDRESS")
     ] = None,

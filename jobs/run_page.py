@@ -68,7 +68,7 @@ def _subtitle(facts: RunFacts) -> str:
 
 def _figures(facts: RunFacts) -> Iterator[Figure]:
     stats, status = facts.stats, facts.status
-    yield Figure(f"{stats.num_images:,}", f"images tokenised, in {stats.num_parts:,} parts")
+    yield Figure(f"{stats.num_images:,}", f"images tokenised, in {counted(stats.num_parts, 'part')}")
     yield Figure(f"{stats.num_failed:,}", "images failed, each with its reason")
     if status.num_shards:
         yield Figure(f"{status.num_done:,} of {status.num_shards:,}", "shards done")
@@ -187,7 +187,7 @@ def _tables(facts: RunFacts) -> Iterator[Table]:
     yield from _odd_shards(facts.stats)
     yield from _failures(facts.stats)
     yield from _quarantined(facts.status)
-    yield Table("Where the tokens come from", (), tuple((name, _text(value)) for name, value in facts.lineage))
+    yield Table("Where the tokens come from", (), tuple((name, _text(value)) for name, value in facts.lineage if value))
 
 
 def _odd_shards(stats: Stats) -> Iterator[Table]:
@@ -220,17 +220,18 @@ def _failures(stats: Stats) -> Iterator[Table]:
         for n, example in enumerate(stats.error_examples[reason])
     )
     if rows:
-        note = "Every image that has no tokens is counted here; errors/ has each one with its place and message."
-        columns = ("reason", "images", "for example", "what was found")
+        note = "An image counts once, and so does a quarantined shard, however many images it holds; errors/ has each "
+        note += "one with its place and message."
+        columns = ("reason", "failures", "for example", "what was found")
         yield Table("Failures by reason", columns, rows, note=note, numbers=frozenset({1}))
 
 
 def _quarantined(status: Status) -> Iterator[Table]:
     rows = tuple(
-        (_text(one["shard"]), one["reason"], _text(one["message"])) for one in status.quarantined[:SHARDS_SHOWN]
+        tuple(_text(one[name]) for name in ("shard", "reason", "message")) for one in status.quarantined[:SHARDS_SHOWN]
     )
     if rows:
-        note = f"{status.num_quarantined:,} shards were given up; the same command tries them again."
+        note = f"{counted(status.num_quarantined, 'shard')} given up; the same command tries them again."
         yield Table("Quarantined shards", ("shard", "reason", "message"), rows, note=note)
 
 

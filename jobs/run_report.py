@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from jobs.contact_sheet import psnr_db
+from jobs.progress import JobProgress
 from jobs.report_lineage import lineage
 from jobs.report_pace import Pace, pace
 from jobs.report_page import TilePair, render
@@ -19,16 +20,18 @@ from jobs.run_page import RunFacts, make_page
 from jobs.show import Decoder, Original, Originals, load_matching_tokenizer
 from jobs.stats import read_stats
 from jobs.status import read_status
+from jobs.writable import require_file_place
 from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.failures import plain_text
-from pipeline.pictures import draw_pair, encode_png
+from pipeline.pictures import draw_pair, encode_png, shrunk_to
 from pipeline.plan import PlanRecord, read_plan_record
 from pipeline.token_run import TokenRun
 
 # B images, H W token rows and columns, C colours
 
 Row = dict[str, Any]
+TILE_SIDE = 256  # pixels at most: the page holds them all
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def run_report(
 ) -> int:
     """Write the page to `html`, any URL. 0, or 1 where a file of the run could not be read. Raises NoRun, RunMismatch
     (also where `checkpoint` did not make these tokens), StorageError."""
+    require_file_place(html)
     run = TokenRun.open(output_url)
     decoder = None if checkpoint is None else load_matching_tokenizer(dict(run.description), checkpoint, run.output.url)
     stats = read_stats(run, ray_address=ray_address)
@@ -82,7 +86,11 @@ def look_at(run: TokenRun, decoder: Decoder | None, number: int) -> Tiles:
     """Rows from all over the run, each original beside what its tokens say; the original alone without a decoder."""
     rows, problems = _rows_all_over(run, number)
     originals = Originals(run.output, dict(run.description))
-    found = [originals.of(row) for row in rows]
+    found: list[Original] = []
+    with JobProgress("pictures", len(rows)) as progress:
+        for row in rows:
+            found.append(originals.of(row))
+            progress.advance(1, "fetched and decoded")
     decoded = _decoded(rows, run, decoder)
     tiles = (_tile(row, one, back) for row, one, back in zip(rows, found, decoded, strict=True))
     problems += [one.problem for one in found if one.problem]
@@ -124,7 +132,8 @@ def _tile(row: Row, original: Original, decoded: NDArray[np.uint8] | None) -> Ti
     both = one is not None and decoded is not None
     note = f"{psnr_db(pictures[0], pictures[1]):.1f} dB" if both else "" if decoded is None else "from tokens alone"
     caption = plain_text(str(row.get("caption") or row["key"])) or ""
-    return TilePair(encode_png(draw_pair(*pictures) if both else pictures[0]), _short(caption), note)
+    small = [shrunk_to(picture, TILE_SIDE) for picture in pictures]
+    return TilePair(encode_png(draw_pair(*small) if both else small[0]), _short(caption), note)
 
 
 def _short(caption: str, characters: int = 80) -> str:

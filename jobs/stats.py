@@ -16,6 +16,7 @@ from rich.console import Console
 
 from jobs.progress import JobProgress
 from jobs.stats_text import stats_lines
+from jobs.writable import require_folder_place
 from pipeline import storage
 from pipeline.drift import Drift, drift_of, entropy_bits
 from pipeline.failures import Failures, plain_text, read_failures
@@ -109,6 +110,8 @@ class Stats:
 
 def run_stats(output_url: str, *, as_json: bool, plots: str | None = None, ray_address: str | None = None) -> int:
     """0, or 1 when files are missing or could not be read. Raises NoRun, RunMismatch, StorageError, ClusterError."""
+    if plots is not None:
+        require_folder_place(plots)
     stats = read_stats(TokenRun.open(output_url), ray_address=ray_address)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:

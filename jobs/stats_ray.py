@@ -13,7 +13,8 @@ from jobs.cluster import ClusterError, cluster_resources, connected, in_few_word
 from pipeline.token_run import Part, TokenRun
 from pipeline.token_stats import TokenCounts, count_parts
 
-MOST_TASKS = 256  # each gives back all counters, tens of megabytes
+MOST_TASKS = 256  # each gives back all its counters: up to 256 MB for places, and as much for parts
+RESULT_BYTES = 4 << 30  # of results that may wait at once
 TASKS_A_CPU = 2  # so that the last ones end about together
 Counting = Callable[[TokenRun, TokenCounts], Iterator[tuple[int, str]]]
 Counted = tuple[TokenCounts, list[str]]
@@ -31,13 +32,14 @@ def count_on_ray(address: str) -> Counting:
 
 
 def _counted_in_tasks(run: TokenRun, counts: TokenCounts) -> Iterator[tuple[int, str]]:
-    """Never more tasks at once than there are CPUs, so that no more than so many results wait."""
+    """Never more tasks at once than there are CPUs, nor than have room for their results."""
     num_cpus = max(1, int(cluster_resources().get("CPU", 1)))
     spans = _spans(len(run.parts), min(MOST_TASKS, TASKS_A_CPU * num_cpus))
     task, settings, num_groups = ray.remote(_count), ray.put(replace(run, parts=())), counts.groups_PG.shape[1]
+    at_once = max(1, min(num_cpus, RESULT_BYTES // counts.num_bytes))
     open_calls: dict[ray.ObjectRef, int] = {}
     while spans or open_calls:
-        while spans and len(open_calls) < num_cpus:
+        while spans and len(open_calls) < at_once:
             first, end = spans.pop(0)
             open_calls[task.remote(settings, run.parts[first:end], num_groups)] = first
         (done,), _ = ray.wait(list(open_calls))

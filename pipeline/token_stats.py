@@ -51,6 +51,12 @@ class TokenCounts:
         self.groups_PG = np.zeros((num_parts, num_groups), np.uint32)
         self.halves_P = np.full(num_parts, np.nan)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all counters."""
+        arrays = (self.uses_K, self.positions_NK, self.num_rows_P, self.groups_PG, self.halves_P)
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 

@@ -15,13 +15,13 @@ from jobs.report_pace import pace
 from make_data import fake_table
 from make_tokens_run import TokensRun, damage_tokens, zipf_tokens
 from pipeline import storage
-from pipeline.errors import NoRun, RunMismatch
+from pipeline.errors import NoRun, PipelineError, RunMismatch
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metadata import MetadataColumn
 from pipeline.output import OutputPrefix, RunDescription, claim
 from pipeline.pack import pack
-from pipeline.pictures import encode_png
+from pipeline.pictures import decode_png, encode_png
 from pipeline.plan import PlanRecord, make_plan, record_plan
 from pipeline.records import FailureReason, SampleFailure, Stage
 from pipeline.shard_patterns import expand
@@ -117,6 +117,22 @@ def test_originals_that_are_gone_are_said_so_and_tokens_are_shown_alone(output: 
     assert "<img" not in page and "Not shown: " in page
 
 
+def test_large_pictures_are_shrunk_to_what_a_page_can_hold(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_report, "TILE_SIDE", 8)
+    both = run_report.look_at(TokenRun.open(output), QuarterColours(), 2)
+    alone = run_report.look_at(TokenRun.open(output), None, 2)
+    assert {decode_png(tile.png).shape for tile in both.tiles} == {(8, 18, 3)}
+    assert {decode_png(tile.png).shape for tile in alone.tiles} == {(8, 8, 3)}
+
+
+def test_a_place_where_no_page_can_be_is_told_before_anything_is_read(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "file is a file")):
+        with pytest.raises(PipelineError, match=why):
+            run_report.run_report(str(tmp_path / "no run"), None, str(place))
+    assert page_of(output, tmp_path / "folders" / "yet to be")
+
+
 def test_another_model_is_refused_and_nothing_is_written(output: str, tmp_path: Path) -> None:
     with pytest.raises(RunMismatch, match="fake-1, but checkpoint:fake-2 is fake-2"):
         run_report.run_report(output, "checkpoint:fake-2", str(tmp_path / "page.html"))
@@ -171,7 +187,7 @@ def test_shards_that_stand_out_are_in_the_table(tmp_path: Path) -> None:
     for number in range(6):
         made.add(f"/in/{number}.tar", zipf_tokens(100, made.table, number, shuffled=9 if number == 4 else None))
     page = page_of(made.output.url, tmp_path, None)
-    assert "Shards that stand out in their use of the codes" in page and "<td>/in/4.tar</td>" in page
+    assert "Shards that stand out in their use of the codes" in page and ">/in/4.tar</td>" in page
     assert ">look at<" in page and "FAILED</td><td>No shard stands out" not in page
     assert page.count('class="bar odd"') == 1 and page.count('class="limit"') >= 1
 

@@ -18,7 +18,7 @@ from jobs.stats import read_stats, run_stats
 from make_data import fake_table
 from make_tokens_run import TokensRun, damage_tokens, zipf_tokens
 from pipeline import storage
-from pipeline.errors import NoRun
+from pipeline.errors import NoRun, PipelineError
 from pipeline.lease import Lease
 from pipeline.records import FailureReason, SampleFailure, Stage
 from pipeline.token_run import TokenRun
@@ -142,6 +142,12 @@ def test_json_of_a_large_codebook_is_one_line_that_nothing_colours(
     assert run_stats(made.output.url, as_json=True) == 0
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and json.loads(said)["code_uses"][5] == 2
+
+
+def test_a_place_where_no_pictures_can_be_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match="file is a file"):
+        run_stats(str(tmp_path / "no run"), as_json=True, plots=str(tmp_path / "file"))
 
 
 def test_a_run_at_work_is_counted_as_far_as_it_is(made: TokensRun, capsys: pytest.CaptureFixture[str]) -> None:
