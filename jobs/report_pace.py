@@ -34,10 +34,9 @@ def pace(num_rows: Mapping[str, int], written_at: Mapping[str, float]) -> Pace |
         return None
     after = [(time, rows) for time, rows in times if time > first_s]
     num_bins = min(MOST_BINS, max(1, len(after) // PARTS_A_BIN))
-    rows, _ = np.histogram(
-        [time for time, _ in after], num_bins, range=(first_s, last_s), weights=[rows for _, rows in after]
-    )
-    per_s = rows / ((last_s - first_s) / num_bins)
+    before_end = [last_s - time for time, _ in after]  # so that a part at the edge of two stretches ends the earlier
+    rows, _ = np.histogram(before_end, num_bins, range=(0.0, last_s - first_s), weights=[rows for _, rows in after])
+    per_s = rows[::-1] / ((last_s - first_s) / num_bins)
     scale, unit = next((scale, unit) for least, scale, unit in UNITS if last_s - first_s >= least)
     ends = (datetime.fromtimestamp(at, UTC) for at in (first_s, last_s))
     return Pace(tuple(per_s.tolist()), (last_s - first_s) / scale, unit, *ends)

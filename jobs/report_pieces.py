@@ -33,7 +33,7 @@ def code_use_chart(uses_K: NDArray[np.int64], of_what: str) -> Chart:
     caption = f"How often each of the {len(uses_K):,} codes is used {of_what}; {used:,} are used at least once."
     if len(groups) < len(uses_K):
         caption += f" Each bar is the mean of {len(groups[0])} codes."
-    return Chart(svg, f"{caption} The most, {uses_K[order_K[0]]:,} times: code {order_K[0]}.")
+    return Chart(svg, f"{caption} Code {order_K[0]} is used most: {uses_K[order_K[0]]:,} times.")
 
 
 def _title(codes: NDArray[np.intp], uses_K: NDArray[np.int64]) -> str:

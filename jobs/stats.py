@@ -70,7 +70,7 @@ class Stats:
     num_groups: int  # of codes, by which shards are held against each other
     clumping: float  # so many tokens of an image say as much as one chosen freely
     num_standing_out: int
-    num_too_small: int  # shards with too few images to tell whether they stand out
+    num_untold: int  # shards whose limit is so high that it tells nothing
     shards: list[ShardDrift]  # the furthest above its limit first, or nearest below it; MOST_SHARDS at most
     errors_by_reason: dict[str, int]
     error_examples: dict[str, list[dict[str, Any]]]
@@ -154,7 +154,7 @@ def read_stats(run: TokenRun, *, ray_address: str | None = None) -> Stats:
         num_groups=counts.groups_PG.shape[1],
         clumping=round(drift.clumping, 3),
         num_standing_out=len(drift.standing_out()),
-        num_too_small=drift.num_too_small(),
+        num_untold=drift.num_untold(),
         shards=list(_shards(run.parts, counts, drift)),
         errors_by_reason=dict(failures.most_frequent()),
         error_examples=failures.examples,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs.wording import counted, duration, rate, size
+from pipeline.drift import MOST_BITS, NOISE_TIMES
 from pipeline.failures import plain_text
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _shard_lines(stats: Stats) -> Iterator[str]:
 
 def can_be_told(stats: Stats) -> bool:
     """Whether enough is there to say that no shard stands out."""
-    return len(stats.shards) > 2 and stats.num_too_small <= stats.num_parts // 2
+    return len(stats.shards) > 2 and stats.num_untold <= stats.num_parts // 2
 
 
 def none_stands_out(stats: Stats) -> str:
@@ -110,14 +111,23 @@ def none_stands_out(stats: Stats) -> str:
     bits, chance = f"{furthest.divergence_bits:.4f}", f"{furthest.noise_bits:.4f}"
     if len(stats.shards) == 2:
         return f"two are {bits} bits apart, by chance alone it would be {chance}; which of them is odd cannot be told"
-    few = f"{stats.num_too_small:,} of {counted(stats.num_parts, 'shard')} have too few images to tell"
+    untold = f"{_why_untold(stats)} in {stats.num_untold:,} of {counted(stats.num_parts, 'shard')}"
     if not can_be_told(stats):
-        return few
+        return untold
     nearest = (
         f"none stands out: the nearest to its limit of {furthest.threshold_bits:.4f} bits is {bits} away from the "
         f"others; by chance alone it would be {chance}"
     )
-    return f"{nearest}; {few}" if stats.num_too_small else nearest
+    return f"{nearest}; {untold}" if stats.num_untold else nearest
+
+
+def _why_untold(stats: Stats) -> str:
+    """By the middle one of those whose limits tell nothing, or of all."""
+    high = [shard for shard in stats.shards if shard.threshold_bits > MOST_BITS] or stats.shards
+    middle = high[len(high) // 2]
+    if NOISE_TIMES * middle.noise_bits > middle.threshold_bits / 2:
+        return "too few images to tell"
+    return "images too unlike those of other shards to tell another model by them"
 
 
 def _shard_line(shard: ShardDrift) -> str:

@@ -37,8 +37,8 @@ class Drift:
         """Numbers of the shards above their threshold, the furthest first."""
         return self.furthest()[: int((self.divergence_S > self.threshold_S).sum())]
 
-    def num_too_small(self) -> int:
-        """Shards with so few images that chance explains nearly anything."""
+    def num_untold(self) -> int:
+        """Shards of which nothing is told: chance, or how unlike the images of shards are, explains nearly anything."""
         return int((self.threshold_S[~np.isnan(self.divergence_S)] > MOST_BITS).sum())
 
     def furthest(self) -> NDArray[np.intp]:

@@ -98,9 +98,9 @@ def test_shards_of_few_images_have_a_limit_that_tells_nothing_and_say_so() -> No
     small = [alike(np.random.default_rng(seed), num_rows=2) for seed in range(9)]
     large = [alike(np.random.default_rng(seed)) for seed in range(20, 31)]
     found = drift(small)
-    assert found.num_too_small() == 9 and found.threshold_S.max() <= 1.0
-    assert drift(large).num_too_small() == 0
-    assert drift([*large, small[0]]).num_too_small() == 1
+    assert found.num_untold() == 9 and found.threshold_S.max() <= 1.0
+    assert drift(large).num_untold() == 0
+    assert drift([*large, small[0]]).num_untold() == 1
 
 
 def test_shards_without_rows_and_a_shard_alone_are_held_against_nothing() -> None:

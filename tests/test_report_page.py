@@ -131,7 +131,7 @@ def test_many_codes_share_bars_and_none_is_left_out() -> None:
     titles = [one[0].text or "" for one in root if one.tag == "rect"]
     assert len(titles) == 256 and titles[0].startswith("32 codes, as token 999: ")
     assert "8,192 codes is used here; 8,183 are used" in chart.caption
-    assert "Each bar is the mean of 32 codes. The most, 999 times: code 999." in chart.caption
+    assert "Each bar is the mean of 32 codes. Code 999 is used most: 999 times." in chart.caption
     assert "mean" not in code_use_chart(np.array([1, 7, 2]), "here").caption
 
 

@@ -80,7 +80,7 @@ def test_the_page_says_what_there_is_and_harmful_text_stays_text(output: str, tm
     parsed = Parsed(page)
     assert "4 of 5 checks passed, none failed" in parsed.text
     assert "1 failed, 3.23% of all; max_failed_samples allows 5.00%" in parsed.text
-    assert "6 of 7 shards have too few images to tell" in parsed.text
+    assert "too few images to tell in 6 of 7 shards" in parsed.text
     for said in (
         "images tokenised, in 7 parts",
         "7 of 7",
@@ -224,7 +224,7 @@ def test_of_few_parts_there_is_no_pace_and_then_never_far_from_the_truth(num_par
     if num_parts < 12:
         assert found is None
     else:
-        assert found is not None and max(found.images_per_s) <= 1.5 * 0.5
+        assert found is not None and all(0.35 < per_s < 0.65 for per_s in found.images_per_s)
 
 
 needs_browser = pytest.mark.skipif(

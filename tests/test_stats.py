@@ -74,6 +74,15 @@ def test_a_shard_of_another_model_is_named(made: TokensRun, capsys: pytest.Captu
     assert "1 of 6 stand out in their use of the codes" in said and "/in/4.tar" in said
 
 
+def test_shards_of_unlike_images_are_told_from_shards_of_few(
+    made: TokensRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        made.add(f"/in/{number}.tar", zipf_tokens(200, TABLE, number, shuffled=number))
+    assert run_stats(made.output.url, as_json=False) == 0
+    assert "images too unlike those of other shards to tell another model" in capsys.readouterr().out
+
+
 def test_the_table_tells_the_same_and_hostile_text_stays_one_short_line(
     made: TokensRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
