@@ -60,7 +60,7 @@ def _code_lines(stats: Stats) -> Iterator[tuple[str, str]]:
         (f"{stats.entropy_bits:.2f} bits a token of {even:.2f}: as many as {stats.perplexity:,.0f} codes used alike"),
     )
     if stats.position_entropy_bits is None:
-        yield "positions", "not counted: the grid times the codebook is too large"
+        yield "positions", "not counted: the grid times the codebook is too large, or the images are too many"
         return
     bits_HW = np.asarray(stats.position_entropy_bits)
     row, column = np.unravel_index(bits_HW.argmin(), bits_HW.shape)

@@ -92,8 +92,11 @@ class TokenCounts:
         self.halves_P[here] = other.halves_P
 
     def position_entropy_bits(self) -> NDArray[np.float64] | None:
-        """(N,) order-0 entropy of each place in the grid; None where places were not counted."""
-        return None if self.positions_NK is None else entropy_bits(self.positions_NK)
+        """(N,) order-0 entropy of each place in the grid; None where places were not counted, or so many images that a
+        counter may have begun again at zero."""
+        if self.positions_NK is None or int(self.num_rows_P.sum()) > np.iinfo(self.positions_NK.dtype).max:
+            return None
+        return entropy_bits(self.positions_NK)
 
     def _count_positions(self, tokens_BN: Tokens) -> None:
         if self.positions_NK is not None:

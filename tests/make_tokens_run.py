@@ -36,11 +36,11 @@ class TokensRun:
         return self.output.part(name)
 
 
-def damage_tokens(part: str) -> None:
-    """Flip a byte in the middle of a local part's column of tokens."""
+def damage_tokens(part: str, name: str = "tokens") -> None:
+    """Flip a byte in the middle of a local part's column of tokens, or of another."""
     path = Path(part)
     groups = pq.read_metadata(path).row_group(0)
-    (column,) = (c for c in map(groups.column, range(groups.num_columns)) if c.path_in_schema.startswith("tokens"))
+    (column,) = (c for c in map(groups.column, range(groups.num_columns)) if c.path_in_schema.startswith(name))
     data = bytearray(path.read_bytes())
     data[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size // 2] ^= 1
     path.write_bytes(data)

@@ -147,6 +147,13 @@ def test_a_damaged_part_fails_a_check_and_the_rest_is_shown(output: str, tmp_pat
     assert "1 of 5 checks failed" in page and page.count("<img") > 5
 
 
+def test_of_a_damaged_column_that_is_not_counted_no_more_is_claimed_than_was_read(output: str, tmp_path: Path) -> None:
+    damage_tokens(TokenRun.open(output).parts[0].url, "key")
+    page = page_of(output, tmp_path)
+    assert "every page of tokens was read; dvae verify reads the rest" in page
+    assert "Not shown: " in page and "is damaged" in page
+
+
 @pytest.mark.parametrize("what", ["budget", "errors"])
 def test_a_run_over_its_budget_or_without_its_errors_files_fails_a_check(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

@@ -178,6 +178,16 @@ def test_where_there_is_no_run_the_exit_code_is_2_and_neither_torch_nor_ray_is_i
 
 
 @pytest.mark.ray
+def test_where_results_are_large_one_task_runs_at_a_time_and_gives_the_same(
+    made: TokensRun, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.stats_ray.RESULT_BYTES", 1)
+    add_shards(made, count=4)
+    here, there = (read_stats(TokenRun.open(made.output.url), ray_address=address) for address in (None, "auto"))
+    assert {**here.to_json(), "counting_s": 0} == {**there.to_json(), "counting_s": 0}
+
+
+@pytest.mark.ray
 def test_counting_in_ray_tasks_gives_the_same(
     made: TokensRun, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

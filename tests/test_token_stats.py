@@ -91,6 +91,14 @@ def test_memory_has_a_limit_whatever_the_number_of_parts_codes_and_tokens() -> N
     assert number_of_groups(TABLE, 0, 0) == token_stats.LEAST_GROUPS
 
 
+def test_of_more_images_than_a_counter_holds_nothing_is_said_of_places() -> None:
+    counts = counted([rows(9)])
+    counts.num_rows_P[0] = 2**32 - 1
+    assert counts.position_entropy_bits() is not None
+    counts.num_rows_P[0] = 2**32
+    assert counts.position_entropy_bits() is None
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> TokensRun:
     made = TokensRun(str(tmp_path / "out"), TABLE)
