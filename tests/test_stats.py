@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,27 @@ def test_errors_files_that_are_gone_are_missed_by_the_ledger_and_not_taken_for_n
     assert found["num_failed"] == 1 and found["missing_errors"] == [Path(errors.url).name]
     assert run_stats(made.output.url, as_json=False) == 1
     assert f"1 errors file of which the ledger knows, as {Path(errors.url).name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1 no more", b"PAR1" + bytes(5000) + b"PAR1"])
+def test_a_part_that_is_torn_or_empty_does_not_vanish(
+    made: TokensRun, capsys: pytest.CaptureFixture[str], data: bytes
+) -> None:
+    add_shards(made)
+    part = TokenRun.open(made.output.url).parts[2]
+    Path(part.url).write_bytes(data)
+    assert stats_json(made.output.url, capsys, code=1)["missing_parts"] == [part.name]
+
+
+def test_a_part_of_another_run_in_the_place_of_one_does_not_count_as_it(
+    made: TokensRun, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    add_shards(made)
+    other = TokensRun(str(tmp_path / "other"), replace(TABLE, tokenizer_id="another"))
+    foreign = Path(other.add("/in/2.tar", zipf_tokens(9, TABLE, 2)))
+    part = TokenRun.open(made.output.url).parts[2]
+    Path(part.url).write_bytes(foreign.read_bytes())
+    assert stats_json(made.output.url, capsys, code=1)["missing_parts"] == [part.name]
 
 
 def test_json_of_a_large_codebook_is_one_line_that_nothing_colours(
