@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.cli_models import AsJson, export_weights, import_weights, parity
-from jobs.cli_tokens import compact, register
+from jobs.cli_tokens import compact, register, report, stats
 from jobs.command_line import say, set_up_log
 from jobs.command_line import typed_command as _command
 
@@ -193,6 +193,8 @@ def evaluate(
 app.command("import")(import_weights)
 app.command("export")(export_weights)
 app.command()(parity)
+app.command()(stats)
+app.command()(report)
 app.command()(compact)
 app.command()(register)
 

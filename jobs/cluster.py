@@ -52,7 +52,9 @@ def _connect(address: str, store_bytes: int) -> None:
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}; set ray.address, or leave it out") from error
+        raise ClusterError(
+            f"no Ray cluster at {address}: {error}; give another address (ray.address, --ray), or leave it out"
+        ) from error
     except SystemExit as error:  # SIGTERM while Ray was starting, after which its C++ side would abort in three seconds
         signal.alarm(0)
         ray.shutdown()

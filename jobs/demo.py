@@ -27,9 +27,10 @@ from jobs.demo_checks import check_all, look_at_held_out, read_rows
 from jobs.demo_damage import ODD_FILES, make_odd_files
 from jobs.demo_images import make_tiles
 from jobs.demo_queries import ask
-from jobs.demo_report import QUERIES, Results, make_report, reading_lines, shown_rows
+from jobs.demo_report import QUERIES, Results, make_report, shown_rows
 from jobs.demo_sites import Here, OnCluster, Site, local_cluster
 from jobs.report_page import Check, render
+from jobs.report_pieces import reading_lines
 from jobs.show import load_matching_tokenizer
 from jobs.train_output import TrainOutput
 from pipeline import storage
@@ -232,8 +233,8 @@ def _print_answer(console: Console, title: str, output: str, query: str) -> None
 def _print_checks(console: Console, checks: tuple[Check, ...]) -> None:
     console.print("\n[bold]Checks[/]")
     for check in checks:
-        verdict = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-        console.print(f"{verdict}  {escape(check.claim)}: {escape(check.found)}")
+        colour = "green" if check.passed else "red"
+        console.print(f"[{colour}]{check.verdict}[/]  {escape(check.claim)}: {escape(check.found)}")
 
 
 def _print_what_is_where(console: Console, place: DemoFolder, site: Site, results: Results) -> None:

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jobs.contact_sheet import psnr_db
 from jobs.demo_checks import HeldOut, code_uses
 from jobs.demo_queries import CAPTIONS, ERRORS, MOST_USED, Answer, ask
-from jobs.report_charts import Series, bar_chart, line_chart
-from jobs.report_page import Chart, Check, Figure, Report, Snippet, Table, TilePair
+from jobs.report_charts import Series, line_chart
+from jobs.report_page import Chart, Check, Figure, Report, Table, TilePair
+from jobs.report_pieces import READING_NOTE, back_into_pictures, code_use_chart, reading_lines
 from jobs.show import Row
-from pipeline import storage
 from pipeline.pictures import draw_pair, encode_png
 
 QUERIES = (
@@ -62,6 +60,7 @@ def make_report(results: Results) -> Report:
         figures=tuple(_figures(results)),
         checks=results.checks,
         tiles=tuple(_tiles(results.held_out)),
+        tiles_title="Held-out tiles: original, and from tokens",
         tiles_note=(
             "From parts of the photographs that training never saw. Left the tile, right what the decoder makes of its "
             f"tokens alone. Over all {len(results.held_out.rows)} held-out tiles: {results.held_out.psnr_db:.1f} dB; "
@@ -69,37 +68,14 @@ def make_report(results: Results) -> Report:
             f"{results.held_out.thumbnail_psnr_db:.1f} dB with "
             f"{24 / math.log2(run['codebook_size']):.1f} times the bits."
         ),
-        charts=(_training_chart(results.evaluations, results.held_out), _code_chart(results)),
+        charts_title="Training and code use",
+        charts=(
+            _training_chart(results.evaluations, results.held_out),
+            code_use_chart(code_uses(results.rows, run["codebook_size"]), "over all tiles"),
+        ),
         tables=tuple(_table(title, note, ask(results.output, query)) for title, query, note in QUERIES),
         snippets=(*reading_lines(results.output), back_into_pictures(results.output, results.training)),
-        reading_note=(
-            "Each row of the token table is one image: its key, its caption, its tokens row by row, and where its "
-            "bytes lie in the shard. Any engine that knows Parquet reads the folder as one table."
-        ),
-    )
-
-
-def reading_lines(output: str) -> tuple[Snippet, ...]:
-    """How a person reads the tokens: a line for each library, to be pasted as it is."""
-    files = f"{output}/tokens/*.parquet"
-    query, head = f"SELECT key, caption, tokens FROM '{files}' LIMIT 5", "head(5)"
-    store = "" if storage.is_local(output) else 'import fsspec; duckdb.register_filesystem(fsspec.filesystem("s3")); '
-    return (
-        Snippet("DuckDB", f'import duckdb; {store}print(duckdb.sql("{query}"))'),
-        Snippet(
-            "Polars", f'import polars; print(polars.scan_parquet("{files}").select("key", "tokens").{head}.collect())'
-        ),
-        Snippet("Python", f'import pyarrow.dataset; print(pyarrow.dataset.dataset("{output}/tokens").{head})'),
-    )
-
-
-def back_into_pictures(output: str, training: str) -> Snippet:
-    return Snippet(
-        "From tokens back to pixels",
-        "import pyarrow.dataset\n"
-        "from jobs.api import load_tokenizer\n"
-        f'rows = pyarrow.dataset.dataset("{output}/tokens").head(5)\n'
-        f'pixels_BHWC = load_tokenizer("{training}").decode(rows["tokens"].to_pylist())',
+        reading_note=READING_NOTE,
     )
 
 
@@ -136,21 +112,6 @@ def _training_chart(evaluations: Sequence[Row], held_out: HeldOut) -> Chart:
         svg,
         "How close held-out tiles come back while training goes on: through the soft relaxation, and through plain "
         "tokens (argmax). The relaxation is sharpened on the way, so that the two meet.",
-    )
-
-
-def _code_chart(results: Results) -> Chart:
-    uses_K = code_uses(results.rows, results.run["codebook_size"])
-    order = np.argsort(-uses_K, kind="stable")
-    svg = bar_chart(
-        [float(uses_K[k]) for k in order],
-        [f"token {k}: {uses_K[k]:,} times" for k in order],
-        x_label="codes, the most used first",
-        y_label="uses",
-    )
-    used = int((uses_K > 0).sum())
-    return Chart(
-        svg, f"How often each of the {len(uses_K)} codes is used over all tiles; {used} are used at least once."
     )
 
 

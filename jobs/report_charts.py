@@ -52,18 +52,69 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> Marku
     return _svg(f"{y_label} over {x_label}", _axes(x, y, x_label, y_label) + Markup("").join(lines))
 
 
-def bar_chart(values: Sequence[float], titles: Sequence[str], *, x_label: str, y_label: str) -> Markup:
-    """One thin bar per value, each with its title for whoever points at it."""
+def bar_chart(
+    values: Sequence[float],
+    titles: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str,
+    x_to: float | None = None,
+    limits: Sequence[float] = (),
+) -> Markup:
+    """One thin bar per value, each with its title for whoever points at it. The axis counts them, or goes to `x_to`.
+    `limits`: one for each bar or none, a line across it; bars above theirs have another colour."""
     x = _Scale(0, max(1, len(values)), _LEFT, WIDTH - _RIGHT)
-    y = _Scale(0.0, max([*values, 1e-9]), HEIGHT - _BOTTOM, _TOP)
+    axis = x if x_to is None else _Scale(0, x_to, _LEFT, WIDTH - _RIGHT)
+    furthest = max([*values, 1e-9])
+    highest = max([furthest, *(limit for limit in limits if limit <= 2 * furthest)])  # others are far above
+    y = _Scale(0.0, highest, HEIGHT - _BOTTOM, _TOP)
     width = (x.px(1) - x.px(0)) * (0.8 if len(values) < 64 else 1.0)
     bars = [
-        Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-            _n(x.px(n)), _n(y.px(value)), _n(width), _n(y.px(0) - y.px(value)), title
+        Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+            "bar odd" if limits and value > limits[n] else "bar",
+            *(_n(x.px(n)), _n(y.px(value)), _n(width), _n(y.px(0) - y.px(value)), title),
         )
         for n, (value, title) in enumerate(zip(values, titles, strict=True))
     ]
-    return _svg(f"{y_label} by {x_label}", _axes(x, y, x_label, y_label) + Markup("").join(bars))
+    bars += [_limit(x.px(n), width, y.px(limit)) for n, limit in enumerate(limits) if limit <= highest]
+    return _svg(f"{y_label} by {x_label}", _axes(axis, y, x_label, y_label) + Markup("").join(bars))
+
+
+def _limit(x_px: float, width: float, y_px: float) -> Markup:
+    line = Markup('<line class="limit" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    return line.format(_n(x_px - 0.5), _n(x_px + width + 0.5), _n(y_px), _n(y_px))
+
+
+def grid_map(values: Sequence[Sequence[float]], *, label: str) -> Markup:
+    """A square for each place of a grid, the fuller its colour the higher its value; beside it the scale."""
+    every = [value for row in values for value in row]
+    low, high = min(every), max(every)
+    side = (HEIGHT - _TOP - 10) / max(len(values), len(values[0]))
+    squares = [
+        _square(_LEFT + column * side, _TOP + row * side, side, _opacity(value, low, high))
+        + Markup("<title>row {}, column {}: {}</title></rect>").format(row, column, _tick(round(value, 3)))
+        for row, cells in enumerate(values)
+        for column, value in enumerate(cells)
+    ]
+    steps = [(_TOP + 20 * n, value) for n, value in enumerate((high, (high + low) / 2, low))]
+    scale = [
+        _square(300, y, 16, _opacity(value, low, high))
+        + Markup('</rect><text x="322" y="{}">{}</text>').format(_n(y + 12), _tick(round(value, 3)))
+        for y, value in steps
+    ]
+    heading = Markup('<text x="0" y="17">{}</text>').format(label)
+    return _svg(label, Markup("").join([heading, *squares, *scale]))
+
+
+def _square(x: float, y: float, side: float, opacity: float) -> Markup:
+    """Left open, for what belongs into it."""
+    return Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}" fill-opacity="{}">').format(
+        _n(x), _n(y), _n(side), _n(side), _n(opacity)
+    )
+
+
+def _opacity(value: float, low: float, high: float) -> float:
+    return 0.08 + 0.92 * (value - low) / ((high - low) or 1.0)
 
 
 def _padded(low: float, high: float) -> _Scale:

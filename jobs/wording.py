@@ -12,6 +12,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 part`, `2,000 parts`."""
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
 def size(num_bytes: float) -> str:
     """In the decimal units of stores' bills."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
@@ -28,8 +33,3 @@ def rate(images_per_s: float) -> str:
 def about(number: float) -> str:
     """Three digits, for what is estimated."""
     return f"{float(f'{number:.3g}'):,.0f}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 part`, `2 parts`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -127,6 +127,13 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
+def shrunk_to(pixels_HWC: Pixels, side: int) -> Pixels:
+    """A picture neither wider nor higher than `side`; as it is where it is small enough."""
+    image = Image.fromarray(pixels_HWC)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
 def draw_pair(left_HWC: Pixels, right_HWC: Pixels) -> Pixels:
     """Two pictures of one size side by side, a thin gap between them."""
     gap = np.full((left_HWC.shape[0], _GAP, 3), 255, np.uint8)

@@ -237,6 +237,18 @@ def list_folder(folder_url: str) -> list[ObjectInfo]:
     return [_info(folder_url, path, entry) for entry in entries if entry["type"] == "file"]
 
 
+def written_at(folder_url: str) -> dict[str, float]:
+    """When each object right in a folder was written, by name, in seconds since the epoch; without those of which the
+    store does not say. A copy has the time of its copying."""
+    fs, path = _listing(folder_url)
+    try:
+        entries = request("list", folder_url, lambda: fs.ls(path, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    times = {base_name(entry["name"]): stored_object.time_of(entry) for entry in entries if entry["type"] == "file"}
+    return {name: time for name, time in times.items() if time is not None}
+
+
 def list_matches(glob_url: str) -> list[ObjectInfo]:
     """The objects whose URL matches a pattern of `*`, `?` and `[]`; a `**` stands for folders as well."""
     fs, path = _listing(glob_url)

@@ -14,6 +14,7 @@ from pipeline.store_requests import is_passing
 from pipeline.urls import is_s3, is_web
 
 _CONTENT_MARKS = ("ETag", "etag", "md5Hash", "mtime", "created", "Last-Modified")
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
 _PARTED = re.compile("([0-9a-f]{32})-([1-9][0-9]*)")  # the MD5 of the MD5s of so many parts
 AS_IT_IS = {"Accept-Encoding": "identity"}  # bytes that a server packs for the way have another length
 
@@ -100,3 +101,12 @@ def mark_of(entry: dict[str, Any]) -> str:
     """The same from a listing and from a look at the one object: some say a time in two ways."""
     mark = next((entry[k] for k in _CONTENT_MARKS if entry.get(k)), "")
     return str(mark.timestamp() if isinstance(mark, datetime) else mark).strip('"')
+
+
+def time_of(entry: dict[str, Any]) -> float | None:
+    """When it was written, in seconds since the epoch; None where a listing does not say."""
+    times = [entry[name] for name in _TIMES if entry.get(name)]
+    if not times:
+        return None
+    time = datetime.fromisoformat(times[0]) if isinstance(times[0], str) else times[0]
+    return time.timestamp() if isinstance(time, datetime) else float(time)

@@ -12,8 +12,9 @@ _SIGNED_QUERY = re.compile(
     r"|x-(?:amz|goog)-[a-z-]*|awsaccesskeyid|googleaccessid)=)",
     re.IGNORECASE,
 )
-_URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
-_QUERY = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")  # of a path whose host a client leaves out: GET /b/x.tar?sig=...
+# Neither looks ahead without end: a text of a million letters or question marks would take an hour.
+_URL = re.compile(r"\w[\w+.-]{0,63}://[^\s'\"<>]+")
+_QUERY = re.compile(r"\?[^\s'\"<>?=]*=[^\s'\"<>]*")  # of a path whose host a client leaves out: GET /b/x.tar?sig=...
 _SIGNATURE = re.compile(
     r"(?<![\w-])(sig|sas|token|x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid"
     r"|[a-z_-]*(?:signature|credential|secret|password|_token|access_?key))=[^\s'\"<>&,;]+",

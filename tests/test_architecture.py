@@ -20,14 +20,13 @@ DOORS = {
     "tenacity": {"pipeline/store_requests.py"},
     "PIL": {
         "pipeline/images.py", "pipeline/pillow_ways.py", "pipeline/pictures.py", "pipeline/turbo_jpeg.py",
-        "pipeline/fast_resize.py", "pipeline/rank_chart.py",
+        "pipeline/fast_resize.py", "pipeline/rank_chart.py", "pipeline/stats_pictures.py",
     },
     "simplejpeg": {"pipeline/turbo_jpeg.py"},
     "numba": {"pipeline/resize_kernels.py"},
     "pyarrow": {
         "pipeline/token_table.py", "pipeline/parquet_access.py", "pipeline/part_check.py", "pipeline/ledger.py",
-        "pipeline/token_run.py", "pipeline/token_reader.py",
-        "pipeline/compact_file.py",
+        "pipeline/token_run.py", "pipeline/token_reader.py", "pipeline/compact_file.py", "pipeline/failures.py",
     },
     "webdataset": {"pipeline/pack.py"},
     "torch": {"model", "jobs/train_ranks.py", "jobs/token_dataset.py"},
@@ -39,7 +38,7 @@ DOORS = {
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
         "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
-        "jobs/train_ray.py", "jobs/train_callbacks.py",
+        "jobs/train_ray.py", "jobs/train_callbacks.py", "jobs/stats_ray.py",
     },
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},

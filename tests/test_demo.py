@@ -17,7 +17,7 @@ from jobs.checkpoints import TokenizerSource, read_head
 from jobs.demo import DemoError, open_folder, run_demo
 from jobs.demo_damage import ODD_FILES, bomb_png, make_odd_files
 from jobs.demo_images import MARGIN_PX, PHOTOS, TILE_PX, Photo, make_tiles, photograph_folder, tiles_of
-from jobs.demo_report import back_into_pictures, reading_lines
+from jobs.report_pieces import back_into_pictures, reading_lines
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
 from model.config import DVAEConfig

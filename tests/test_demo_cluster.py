@@ -13,8 +13,8 @@ from rich.console import Console
 from jobs import demo, demo_images, demo_sites
 from jobs.demo import DemoError, DemoFolder, run_demo
 from jobs.demo_images import PHOTOS
-from jobs.demo_report import back_into_pictures, reading_lines
 from jobs.demo_sites import OnCluster
+from jobs.report_pieces import back_into_pictures, reading_lines
 from s3_clients import s3_clients_of
 
 STEPS = re.compile(r"^steps: .*", re.MULTILINE)

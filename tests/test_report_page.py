@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
-from jobs.report_charts import Series, bar_chart, line_chart
+from jobs.report_charts import Series, bar_chart, grid_map, line_chart
 from jobs.report_page import Chart, Check, Figure, Report, Snippet, Table, TilePair, render
+from jobs.report_pieces import code_use_chart
 from pipeline.pictures import encode_png
 
 HOSTILE = "\"'><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)> & {{ 7*7 }} é 猫"
@@ -110,3 +111,47 @@ def test_a_bar_chart_has_a_bar_for_each_value(values: list[float]) -> None:
 def test_chart_markup_is_not_escaped_twice() -> None:
     assert isinstance(bar_chart([1.0], ["<b>"], x_label="x", y_label="y"), Markup)
     assert "<svg" in render(page_of("plain"))
+
+
+@pytest.mark.parametrize("values", [[[3.0]], [[0.0, 1.0], [2.0, 3.0]], [[5.0] * 7] * 3])
+def test_a_map_has_a_square_for_each_place_of_the_grid(values: list[list[float]]) -> None:
+    root = ElementTree.fromstring(grid_map(values, label="<b>"))
+    squares = [one for one in root if one.tag == "rect" and len(one)]
+    assert len(squares) == len(values) * len(values[0])
+    assert squares[-1][0].text == f"row {len(values) - 1}, column {len(values[0]) - 1}: {values[-1][-1]:g}"
+    for square in squares:
+        x, y, side = (float(square.attrib[name]) for name in ("x", "y", "width"))
+        assert x >= 0 and x + side <= 440 and y >= 0 and y + side <= 240
+
+
+def test_many_codes_share_bars_and_none_is_left_out() -> None:
+    uses_K = np.arange(8192) % 1000
+    chart = code_use_chart(uses_K, "here")
+    root = ElementTree.fromstring(chart.svg)
+    titles = [one[0].text or "" for one in root if one.tag == "rect"]
+    assert len(titles) == 256 and titles[0].startswith("32 codes, as token 999: ")
+    assert "8,192 codes is used here; 8,183 are used" in chart.caption
+    assert "Each bar is the mean of 32 codes. Code 999 is used most: 999 times." in chart.caption
+    assert "mean" not in code_use_chart(np.array([1, 7, 2]), "here").caption
+
+
+def test_each_bar_has_its_own_limit_and_is_told_from_those_below_theirs() -> None:
+    chart = bar_chart([3.0, 2.0, 1.0], ["a", "b", "c"], x_label="x", y_label="y", limits=[2.5, 4.0, 50.0])
+    root = ElementTree.fromstring(chart)
+    bars = [one for one in root if one.tag == "rect"]
+    limits = [one for one in root if one.attrib.get("class") == "limit"]
+    assert [bar.attrib["class"] for bar in bars] == ["bar odd", "bar", "bar"]
+    assert len(limits) == 2  # the last is far above all
+    assert float(limits[0].attrib["y1"]) > float(bars[0].attrib["y"])
+    assert float(limits[1].attrib["y1"]) < float(bars[1].attrib["y"])
+
+
+def test_a_check_in_doubt_is_neither_passed_nor_failed() -> None:
+    checks = (Check("a", True, ""), Check("b", None, ""), Check("c", None, "", otherwise="look at"))
+    page = render(Report("title", "subtitle", (), checks, (), "", (), (), ()))
+    assert "1 of 3 checks passed, none failed" in page and ">not told<" in page and ">look at<" in page
+
+
+def test_sections_without_anything_in_them_are_left_out() -> None:
+    page = render(Report("title", "subtitle", (), (), (), "", (), (), ()))
+    assert "<section" not in page and "checks passed" not in page

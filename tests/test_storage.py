@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.errors import BadUrl, NoShardsMatched, PipelineError, ShardTruncat
 from pipeline.output import part_name
 from pipeline.records import ObjectInfo
 from pipeline.shard_patterns import expand
+from pipeline.stored_object import time_of
 from web_server import TAR, serve
 
 
@@ -156,6 +158,13 @@ def test_urls_inside_messages_are_shown_the_same_way() -> None:
 )  # fmt: skip
 def test_queries_and_signatures_in_messages_are_hidden_wherever_they_stand(text: str, shown: str) -> None:
     assert storage.public_text(text) == shown == storage.public_text(shown)
+
+
+@pytest.mark.timeout(60)  # it took minutes
+@pytest.mark.parametrize("piece", ["x", "?", "?a", "a.", "x-amz-", "_token", "http://", "?x=1&", "://"])
+def test_a_text_of_many_characters_is_made_public_at_once(piece: str) -> None:
+    text = piece * (300_000 // len(piece)) + " s3://key:secret@b/k?x-amz-signature=abc"
+    assert "secret" not in storage.public_text(text) and "abc" not in storage.public_text(text)
 
 
 def test_errors_of_shards_hold_no_credentials() -> None:
@@ -558,3 +567,20 @@ def test_the_mortal_store_dies_before_the_change_that_it_was_told() -> None:
     with pytest.raises(Killed):
         storage.publish("mortal://b", b"2")
     assert MortalStore.objects() == {"/a": b"1"}
+
+
+def test_when_objects_were_written_is_told_by_name(tmp_path: Path) -> None:
+    storage.publish(str(tmp_path / "in" / "a"), b"1")
+    storage.publish(str(tmp_path / "in" / "below" / "b"), b"1")
+    os.utime(tmp_path / "in" / "a", (5.0, 1000.5))
+    assert storage.written_at(str(tmp_path / "in")) == {"a": 1000.5}
+    assert storage.written_at(str(tmp_path / "nowhere")) == {}
+
+
+@pytest.mark.parametrize(
+    ("entry", "seconds"),
+    [({"LastModified": datetime(2026, 1, 2, tzinfo=UTC)}, 1767312000.0), ({"mtime": 7.5, "created": 9.0}, 7.5),
+     ({"updated": "2026-01-02T00:00:00Z"}, 1767312000.0), ({"ETag": "x"}, None)],
+)  # fmt: skip
+def test_stores_say_in_several_ways_when_an_object_was_written(entry: dict[str, Any], seconds: float | None) -> None:
+    assert time_of(entry) == seconds
