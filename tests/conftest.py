@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 LONG_MARKS = {"ray", "server", "training", "slow"}
+
+
+def pytest_configure() -> None:
+    """A shell ignores Ctrl-C for what it runs with `&`, and children inherit that: tests of Ctrl-C need it back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

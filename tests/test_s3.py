@@ -52,9 +52,10 @@ def test_tokenises_from_and_to_a_bucket_and_duckdb_reads_it_there(s3: str, tmp_p
     assert done.returncode == 0, done.stderr
     assert f"2 of 2 shards · {sum(COUNTS)} images tokenised · 0 failed" in done.stdout
 
-    duckdb.register_filesystem(fsspec.filesystem("s3"))
+    connection = duckdb.connect()  # the default one belongs to the whole process, and knows each filesystem once
+    connection.register_filesystem(fsspec.filesystem("s3"))
     query = f"SELECT key, shard, len(tokens) FROM '{s3}/out/tokens/*.parquet' ORDER BY key"
-    rows = duckdb.sql(query).fetchall()
+    rows = connection.sql(query).fetchall()
     assert [row[0] for row in rows] == [f"img{n:05d}" for n in range(sum(COUNTS))]
     assert rows[0][1:] == (f"{s3}/in/made-000000.tar", 4)
     names = {storage.base_name(info.url) for info in storage.list_files(f"{s3}/out")}
