@@ -51,6 +51,11 @@ class Pace:
         """A small shard counts as a typical one: what it takes is not for its bytes."""
         return max(self._typical_bytes, size_bytes)
 
+    @property
+    def least_deadline_s(self) -> float:
+        """No deadline is shorter."""
+        return LEAST_DEADLINE_S if self._fixed_s is None else self._fixed_s
+
     def deadline_s(self, size_bytes: int, attempt: int) -> float:
         """Twice as long with each further attempt (counted from 0), so that a deadline that was too short for a good
         shard does not quarantine it."""

@@ -9,25 +9,31 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs.time_left import TimeLeft
 
 log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
 NOTES_A_SECOND = 10  # more than these nobody reads
 BAR_EVERY_S = 0.1
+_UNKNOWN = "unknown time"
 
 
 class JobProgress:
     """`advance` by units of the bar, with a text beside it."""
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, *, amount: float | None = None) -> None:
+        """`amount`: of all that is left to do, where units differ in size (see `advance`): the time left goes by it."""
         self._what, self._total, self._done = what, total, done
-        self._started_at, self._first = time.monotonic(), done
-        self._last_line = self._started_at
-        self._second, self._said, self._unsaid = self._started_at, 0, 0  # notes of this second
+        self._left = TimeLeft(total - done if amount is None else amount, time.monotonic)
+        self._last_line = self._second = time.monotonic()
+        self._said, self._unsaid = 0, 0  # notes of this second
         self._bar_at = -math.inf
         self._bar = _bar() if sys.stderr.isatty() else None
-        self._task = None if self._bar is None else self._bar.add_task(what, total=total, completed=done, text="")
+        self._task = (
+            None if self._bar is None else self._bar.add_task(what, total=total, completed=done, text="", left=_UNKNOWN)
+        )
 
     def __enter__(self) -> JobProgress:
         if self._bar is not None:
@@ -59,28 +65,31 @@ class JobProgress:
             log.info("and %d more %s", self._unsaid, self._what)
         self._second, self._said, self._unsaid = time.monotonic(), 0, 0
 
-    def advance(self, count: int, text: str) -> None:
-        self._done += count
-        if self._bar is not None and self._task is not None:
-            if time.monotonic() - self._bar_at >= BAR_EVERY_S or self._done == self._total:
-                self._bar_at = time.monotonic()
-                self._bar.update(self._task, completed=self._done, text=text)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S or (count and self._done == self._total):
-            self._last_line = time.monotonic()
-            log.info("%s %d of %d, %s, %s left", self._what, self._done, self._total, text, self._left())
+    @property
+    def left_s(self) -> float | None:
+        """Until the end, by the pace of late; None as long as nothing is known."""
+        return self._left.left_s
 
-    def _left(self) -> str:
-        made = self._done - self._first
-        if made <= 0:
-            return "unknown time"
-        left_s = (time.monotonic() - self._started_at) / made * (self._total - self._done)
-        return (
-            f"{left_s / 3600:.1f} h"
-            if left_s > 5400
-            else f"{left_s / 60:.0f} min"
-            if left_s > 90
-            else f"{left_s:.0f} s"
-        )
+    def advance(self, count: int, text: str, amount: float | None = None, took_s: float | None = None) -> None:
+        """`amount`: how much of the whole amount these units were; `took_s`: what they took by themselves."""
+        self._done += count
+        self._left.note(count if amount is None else amount, took_s)
+        now, at_end = time.monotonic(), self._done == self._total
+        if self._bar is not None and self._task is not None:
+            if now - self._bar_at >= BAR_EVERY_S or at_end:
+                self._bar_at = now
+                self._bar.update(self._task, completed=self._done, text=text, left=_shown(self.left_s))
+        elif now - self._last_line >= LINE_EVERY_S or (count and at_end):
+            self._last_line = now
+            log.info("%s %d of %d, %s, %s left", self._what, self._done, self._total, text, _shown(self.left_s))
+
+
+def _shown(left_s: float | None) -> str:
+    if left_s is None:
+        return _UNKNOWN
+    if left_s > 5400:
+        return f"{left_s / 3600:.1f} h"
+    return f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
 
 
 def _bar() -> Progress:
@@ -90,7 +99,6 @@ def _bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]} left"),
         console=Console(stderr=True),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -44,27 +46,38 @@ class Slot:
     deaths: int = 0
     failed_starts: int = 0
     has_loaded: bool = False
-    act_at: float = 0.0  # when to start, probe or watch; infinite while an answer is awaited
+    act_at: float = math.inf  # when to start, probe or watch; infinite while an answer is awaited
 
 
 class Slots:
     """All of them. `now` is the clock, in seconds."""
 
     def __init__(self, number: int, actors: Starter, now: Callable[[], float]) -> None:
-        self._slots = [Slot(f"actor-{n}") for n in range(number)]
-        self._actors, self._now, self._num_made = actors, now, number
-        self.due_at = -math.inf  # when `act` has something to do
+        self._slots: list[Slot] = []
+        self._actors, self._now, self._num_made = actors, now, 0
+        # A heap of (when, number of the entry, slot), the nearest first: of a thousand slots a few are due. An entry
+        # whose slot is to act at another time by now counts no more.
+        self._acts: list[tuple[float, int, Slot]] = []
+        self._entries = itertools.count()
         self.last_loss = ""  # why
+        self._add(number)
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(tuple(self._slots))
 
+    @property
+    def due_at(self) -> float:
+        """When `act` has something to do."""
+        return self._acts[0][0] if self._acts else math.inf
+
     def act(self) -> list[tuple[Slot, Any]]:
         """Start, probe and watch what is due; the slots, each with its call."""
-        due = [slot for slot in self._slots if self._now() >= slot.act_at]
-        for slot in due:
-            slot.act_at = math.inf
-        self.due_at = min((slot.act_at for slot in self._slots), default=math.inf)
+        due = []
+        while self._now() >= self.due_at:
+            when, _, slot = heapq.heappop(self._acts)
+            if when == slot.act_at:
+                slot.act_at = math.inf
+                due.append(slot)
         return [(slot, self._call(slot)) for slot in due]
 
     def grow(self, fitting: int, at_most: int) -> None:
@@ -72,13 +85,17 @@ class Slots:
         number = min(fitting - self._num_made, at_most)
         if number > 0:
             log.info("the cluster has room for more actors now, asked for: %d", number)
-            self._slots += [Slot(f"actor-{self._num_made + n}") for n in range(number)]
-            self._num_made += number
-            self.due_at = -math.inf
+            self._add(number)
+
+    def _add(self, number: int) -> None:
+        for n in range(self._num_made, self._num_made + number):
+            self._slots.append(slot := Slot(f"actor-{n}"))
+            self._act_at(slot, self._now())
+        self._num_made += number
 
     def _act_at(self, slot: Slot, when: float) -> None:
         slot.act_at = when
-        self.due_at = min(self.due_at, when)
+        heapq.heappush(self._acts, (when, next(self._entries), slot))
 
     def _call(self, slot: Slot) -> Any:
         if slot.state is State.READY:
@@ -120,6 +137,7 @@ class Slots:
     def _retire(self, slot: Slot, message: str) -> None:
         """The run goes on with the other slots, if there are any."""
         self._slots.remove(slot)
+        slot.act_at = math.inf
         if not self._slots:
             raise ClusterError(f"{slot.name} died {slot.failed_starts} times while it started: {message}")
         log.warning("%s is given up after %d failed starts", slot.name, slot.failed_starts)

@@ -128,15 +128,17 @@ class Session:
         with connected(config.ray.address, store_bytes(config, self._run.table.image_spec["size"])):
             settings = pool_settings(config, len(self._plan.todo))
             job, in_flight = self._run.job(settings.decode_threads), settings.shards_in_flight
+            left_bytes = sum(task.shard.size_bytes for task in self._plan.todo)
             dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=in_flight)
             with (
                 ActorPool(RayActors(source, job, settings), settings) as pool,
-                JobProgress("shards", self._num_shards, self._num_before) as progress,
+                JobProgress("shards", self._num_shards, self._num_before, amount=left_bytes) as progress,
             ):
                 for outcome in pool.run(dispatch, self._ledger.check):
                     row = self._record(outcome)
                     progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
-                    progress.advance(1, self._speed(started, rows_before, in_short(pool.times)))
+                    text = self._speed(started, rows_before, in_short(pool.times))
+                    progress.advance(1, text, row.size_bytes, row.seconds)
             self._say_who_was_starved(
                 in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
             )

@@ -50,7 +50,7 @@ def test_a_bar_is_told_the_end_and_not_every_step(monkeypatch: pytest.MonkeyPatc
         def add_task(self, what: str, **fields: object) -> int:
             return 0
 
-        def update(self, task: int, *, completed: int, text: str) -> None:
+        def update(self, task: int, *, completed: int, text: str, left: str) -> None:
             told.append(completed)
 
         def start(self) -> None: ...
