@@ -52,6 +52,7 @@ class Actors(Starter, Protocol):
     def outcome(self, call: Any) -> Outcome: ...
     def draining_nodes(self) -> Collection[str]: ...
     def fitting(self) -> int: ...
+    def shards_in_flight(self, num_actors: int) -> int | None: ...
     def resources(self) -> str: ...
 
 
@@ -107,9 +108,19 @@ class ActorPool:
         yield from self._stop_hung()
         yield from self._leave_draining_nodes()
         self._help_stragglers()
-        if self._settings.elastic and self._grow.is_due():
-            self._slots.grow(self._actors.fitting(), self._dispatch.num_waiting)
+        if self._grow.is_due():
+            self._follow_cluster()
         self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
+
+    def _follow_cluster(self) -> None:
+        """More actors where there is room for them, and as many shards for each as those that decode can work at."""
+        if self._settings.elastic:
+            self._slots.grow(self._actors.fitting(), self._dispatch.num_waiting)
+        limit = self._actors.shards_in_flight(len(self._slots))
+        if limit is not None and limit != self._dispatch.in_flight_limit:
+            log.info("the cluster that decodes has changed: %d shards in flight for each actor", limit)
+            self._dispatch.in_flight_limit = limit
+            self._roomy = {slot.name: slot for slot in self._slots}
 
     def _hand_out(self) -> None:
         """A shard to each actor in turn, so that few shards spread over all."""

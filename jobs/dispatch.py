@@ -40,14 +40,15 @@ class GivenUp:
 
 
 class Dispatch:
-    """The queue, and who holds what. Actors are known by any hashable name."""
+    """The queue, and who holds what. Actors are known by any hashable name. `in_flight_limit` may change: an actor that
+    holds more than that then gets nothing new."""
 
     def __init__(self, tasks: Sequence[ShardTask], *, attempts: int, in_flight_limit: int) -> None:
         self._tasks, self._next = tasks, 0  # a Work is made when a task's turn comes: there may be a million
         self._first: deque[Work] = deque()  # before the tasks that were never tried
         self._last: deque[Work] = deque()  # after them
         self._suspects: deque[Work] = deque()
-        self._attempts, self._limit = attempts, in_flight_limit
+        self._attempts, self.in_flight_limit = attempts, in_flight_limit
         self._held: dict[str, list[Work]] = {}  # of actors that hold something
         self._draining: str | None = None  # this actor gets nothing new until it is idle and takes a suspect
         self._tickets = 0
@@ -70,7 +71,7 @@ class Dispatch:
     def has_room(self, actor: str) -> bool:
         """It might get another shard, if there is one for it."""
         held = self._held.get(actor, ())
-        return len(held) < self._limit and not any(work.alone for work in held)
+        return len(held) < self.in_flight_limit and not any(work.alone for work in held)
 
     def holds(self, actor: str, work: Work) -> bool:
         return work in self._held.get(actor, ())

@@ -13,6 +13,7 @@ import ray
 from jobs.cluster import OBJECT_STORE_BYTES, describe_resources
 from jobs.decode_place import (
     BATCHES_AHEAD,
+    MAX_SHARDS_IN_TASKS,
     DecodeTasks,
     Node,
     can_hold_an_actor,
@@ -29,7 +30,8 @@ SAY_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """`decode`: None where actors decode on threads of their own. `decode_threads`: of an actor, or of a task."""
+    """`decode`: None where actors decode on threads of their own. `decode_threads`: of an actor, or of a task.
+    `follows`: what shards_in_flight goes by, where it changes with the cluster."""
 
     num_actors: int
     gpus_per_actor: float
@@ -42,6 +44,12 @@ class PoolSettings:
     decode_threads: int = 1
     decode: DecodeTasks | None = None
     waited_s: float = 0.0  # of wait_s, already, and in vain
+    follows: RaySettings | None = None
+
+    @property
+    def most_in_flight(self) -> int:
+        """Shards that an actor may ever have."""
+        return MAX_SHARDS_IN_TASKS if self.follows else self.shards_in_flight
 
 
 def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
@@ -62,11 +70,20 @@ def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
     if place.lack:
         wait = f"wait {settings.wait_s:g} s (ray.wait_s) for that, and then " if place.tasks else ""
         log.warning("%s; the actors %sdecode by themselves", place.lack, wait)
+    # Decode tasks run on machines that come and go; their threads are settled, how many there are is not.
+    follows = settings.model_copy(update={"decode": "tasks", "decode_threads": place.threads})
     return PoolSettings(
         num_actors, settings.gpus_per_actor, settings.cpus_per_actor, place.shards_in_flight, settings.wait_s,
         config.shard_deadline_s, config.retry_pause_s, settings.num_actors is None, place.threads, place.tasks,
-        waited_s,
+        waited_s, follows if may_grow and place.tasks and settings.shards_in_flight is None else None,
     )  # fmt: skip
+
+
+def shards_in_flight(settings: PoolSettings, num_actors: int) -> int | None:
+    """For each actor, as befits the cluster that is there now; None where it stays as it was."""
+    if settings.follows is None:
+        return None
+    return decode_place(settings.follows, _nodes(), num_actors, may_grow=True).shards_in_flight
 
 
 def _nodes() -> list[Node]:

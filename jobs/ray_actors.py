@@ -13,7 +13,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from jobs.cluster import cluster_resources, describe_resources, draining_nodes, in_few_words
 from jobs.decode_place import fitting_actors
 from jobs.decode_tasks import RETRIES
-from jobs.pool_settings import PoolSettings
+from jobs.pool_settings import PoolSettings, shards_in_flight
 from jobs.tokenize_actor import SignOfLife, Source, TokenizeActor, Tokenized
 from pipeline.plan import ShardTask
 from pipeline.records import ShardResult
@@ -66,7 +66,7 @@ class RayActors:
             runtime_env=oom_retries if settings.decode else None,
             num_gpus=settings.gpus_per_actor,
             num_cpus=settings.cpus_per_actor,
-            max_concurrency=settings.shards_in_flight + 2,  # a watch and a ping beside the shards
+            max_concurrency=settings.most_in_flight + 2,  # a watch and a ping beside the shards
         )(TokenizeActor)
 
     def start(self) -> Any:
@@ -115,6 +115,9 @@ class RayActors:
         settings = self._settings
         cpus_beside = settings.decode.cpus if settings.decode else 0.0
         return fitting_actors(cluster_resources(), settings.gpus_per_actor, settings.cpus_per_actor, cpus_beside)
+
+    def shards_in_flight(self, num_actors: int) -> int | None:
+        return shards_in_flight(self._settings, num_actors)
 
     def resources(self) -> str:
         return describe_resources()

@@ -65,6 +65,9 @@ class Slots:
     def __iter__(self) -> Iterator[Slot]:
         return iter(tuple(self._slots))
 
+    def __len__(self) -> int:
+        return len(self._slots)
+
     @property
     def due_at(self) -> float:
         """When `act` has something to do."""

@@ -105,6 +105,9 @@ class InstantActors:
     def fitting(self) -> int:
         return 0
 
+    def shards_in_flight(self, num_actors: int) -> int | None:
+        return None
+
     def resources(self) -> str:
         return "nothing"
 

@@ -63,6 +63,7 @@ class SimulatedActors:
         self.killed: list[str] = []
         self.most_open = 0
         self.room = 0  # how many actors fit on the cluster
+        self.each: int | None = None  # how many shards for each actor befit it; None: it does not change
         self._nature, self._seconds = nature, seconds
         self._numbers = itertools.count()
 
@@ -134,6 +135,9 @@ class SimulatedActors:
 
     def fitting(self) -> int:
         return self.room
+
+    def shards_in_flight(self, num_actors: int) -> int | None:
+        return self.each
 
     def resources(self) -> str:
         return "8 CPUs"

@@ -151,6 +151,9 @@ class SimulatedCluster:
     def fitting(self) -> int:
         return self.room
 
+    def shards_in_flight(self, num_actors: int) -> int | None:
+        return None
+
     def resources(self) -> str:
         return f"{self.room} GPUs"
 

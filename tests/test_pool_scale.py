@@ -65,6 +65,21 @@ def test_a_cluster_that_shrank_gets_no_actor_in_place_of_one_that_is_pending() -
     assert len(actors.actors) == 2
 
 
+def test_machines_that_decode_come_and_go_and_each_actor_has_more_shards_in_flight_or_fewer() -> None:
+    def each(number: int) -> Callable[[SimulatedActors], None]:
+        return lambda world: setattr(world, "each", number)
+
+    def most_open(begin: float, end: float) -> int:
+        """At once, each for four seconds."""
+        times = [when for when, _, _ in actors.given]
+        return max(sum(when - 4 < other <= when for other in times) for when in times if begin < when < end)
+
+    actors = SimulatedActors(seconds=lambda task, attempt: 4.0)
+    actors.accidents = [(20.0, each(6)), (60.0, each(3))]
+    run(actors, 150, elastic=False)
+    assert (most_open(8, 20), most_open(35, 60), most_open(75, 90)) == (2, 6, 3)
+
+
 class Pending(SimulatedActors):
     """Of its actors only the first ever starts."""
 
