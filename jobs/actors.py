@@ -20,7 +20,7 @@ from jobs.pool_settings import PoolSettings
 from jobs.ray_actors import Died, Outcome, Raised, Unreachable
 from jobs.slots import Slot, Slots, Starter, State
 from jobs.tokenize_actor import SignOfLife
-from jobs.waiting import Every, Waiting
+from jobs.waiting import Every, Head, Waiting
 from model.config import ModelError
 from pipeline import storage
 from pipeline.errors import PipelineError, PublishFailed, ShardError, StorageError
@@ -31,7 +31,7 @@ from pipeline.stage_times import StageTimes
 log = logging.getLogger(__name__)
 POLL_S = 0.5
 LOOK_EVERY_S = 1.0  # at all actors: who hangs, who is late, who is to leave
-ASK_EVERY_S = 2.0  # which nodes are about to go
+ASK_EVERY_S = 2.0  # the head: which nodes are about to go, what there is
 GROW_EVERY_S = 10.0
 LAST_WORDS_S = 5.0  # how long to wait for killed actors to be gone
 _REASONS = {
@@ -50,7 +50,7 @@ class Actors(Starter, Protocol):
     def kill(self, actor: Any) -> None: ...
     def wait(self, calls: Collection[Any], timeout_s: float) -> list[Any]: ...
     def outcome(self, call: Any) -> Outcome: ...
-    def draining_nodes(self) -> Collection[str]: ...
+    def draining_nodes(self) -> Collection[str] | None: ...
     def fitting(self) -> int: ...
     def shards_in_flight(self, num_actors: int) -> int | None: ...
     def resources(self) -> str: ...
@@ -66,6 +66,7 @@ class ActorPool:
         self._pace = Pace(settings.shard_deadline_s)
         self._waiting = Waiting(settings, now, actors.resources)
         self.times = StageTimes()  # of all actors, in all runs
+        self._head = Head(now)
         self._calls = Calls()
         self._roomy: dict[str, Slot] = {}  # those that may have room for a shard, by name
         self._ever_ready = False
@@ -106,8 +107,18 @@ class ActorPool:
 
     def _look_at_all(self) -> Iterator[GivenUp]:
         yield from self._stop_hung()
+        if self._ask.is_due():
+            self._ask_head()
         yield from self._leave_draining_nodes()
         self._help_stragglers()
+
+    def _ask_head(self) -> None:
+        """One question first, which has a time limit: all others wait for a head that is gone until Ray ends us."""
+        draining = self._actors.draining_nodes()
+        self._head.note(draining is not None)
+        if draining is None:
+            return
+        self._slots.leave(draining)
         if self._grow.is_due():
             self._follow_cluster()
         self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
@@ -253,8 +264,6 @@ class ActorPool:
 
     def _leave_draining_nodes(self) -> Iterator[GivenUp]:
         """Actors there get nothing new, finish what they hold, and are started again elsewhere."""
-        if self._ask.is_due():
-            self._slots.leave(self._actors.draining_nodes())
         for slot in self._slots:
             if slot.leaving and slot.state is State.READY and not self._dispatch.held_by(slot.name):
                 yield from self._lost(slot, "its node is about to go", blameless=True)

@@ -94,14 +94,15 @@ def this_node() -> str:
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
-def draining_nodes() -> frozenset[str]:
-    """Ids of the nodes that are about to go (a spot machine's notice, an autoscaler's wish)."""
+def draining_nodes() -> frozenset[str] | None:
+    """Ids of the nodes that are about to go (a spot machine's notice, an autoscaler's wish); None where the cluster's
+    head does not answer."""
     try:
         from ray._private.worker import global_worker  # as Ray Serve and Train do: there is no public name for it
 
         return frozenset(global_worker.gcs_client.get_draining_nodes(timeout=GCS_TIMEOUT_S))
     except (ImportError, AttributeError):  # another Ray: its nodes then go without notice
         return frozenset()
-    except RayError as error:  # asked again soon; a head that is gone for good shows in every call
-        log.warning("could not ask which nodes are about to go: %s", error)
-        return frozenset()
+    except RayError as error:
+        log.warning("the cluster's head does not answer: %s", error)
+        return None

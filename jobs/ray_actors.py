@@ -108,7 +108,7 @@ class RayActors:
         except RayError as error:
             return Died(in_few_words(error), with_node=_took_its_node_along(error))
 
-    def draining_nodes(self) -> Collection[str]:
+    def draining_nodes(self) -> Collection[str] | None:
         return draining_nodes()
 
     def fitting(self) -> int:

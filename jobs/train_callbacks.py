@@ -73,7 +73,7 @@ class Staying(ElasticScalingPolicy):  # type: ignore[misc]
     that Ray places nowhere."""
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        there = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
+        there = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - (draining_nodes() or frozenset())
         stays = {node: resources for node, resources in reserved_resources.items() if node in there}
         return int(super()._count_possible_workers(stays))
 
@@ -100,7 +100,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def _watch_node() -> None:
     here = this_node()
     while not LEAVING.wait(LOOK_EVERY_S):
-        if here in draining_nodes():
+        if here in (draining_nodes() or ()):
             LEAVING.set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 from jobs.cluster import ClusterError
@@ -10,6 +11,9 @@ from jobs.pool_settings import PoolSettings
 
 log = logging.getLogger(__name__)
 SAY_EVERY_S = 10.0
+# Whoever cannot reach the head for so long is ended by Ray, without a word to the program; this is its own setting.
+RAY_ENDS_AFTER_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
+HEAD_PATIENCE_S = RAY_ENDS_AFTER_S / 2  # the rest is for an orderly end
 
 
 class Every:
@@ -24,6 +28,25 @@ class Every:
         if due:
             self._last = now
         return due
+
+
+class Head:
+    """Whether the cluster's head answers: what is asked of it in vain takes a minute, and then the program with it.
+    `now` is the clock, in seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now, self._heard, self.answers = now, now(), True
+
+    def note(self, answers: bool) -> None:
+        """It was asked just now. Raises ClusterError when it has not answered for too long."""
+        self.answers, now = answers, self._now()
+        if answers:
+            self._heard = now
+        elif now - self._heard > HEAD_PATIENCE_S:
+            raise ClusterError(
+                f"the cluster's head has not answered for {now - self._heard:.0f} s; once there is one again, the same "
+                "command goes on from here"
+            )
 
 
 class Waiting:

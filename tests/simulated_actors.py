@@ -58,6 +58,7 @@ class SimulatedActors:
         self.rng = random.Random(seed)
         self.actors: list[Actor] = []
         self.draining: set[str] = set()
+        self.headless_until = -NEVER
         self.accidents: list[tuple[float, Callable[[SimulatedActors], None]]] = []
         self.given: list[tuple[float, str, str]] = []  # when, shard, actor
         self.killed: list[str] = []
@@ -130,16 +131,18 @@ class SimulatedActors:
         call.heard = True
         return call.outcome
 
-    def draining_nodes(self) -> Collection[str]:
-        return self.draining
+    def draining_nodes(self) -> Collection[str] | None:
+        return None if self.time < self.headless_until else self.draining
 
     def fitting(self) -> int:
         return self.room
 
     def shards_in_flight(self, num_actors: int) -> int | None:
+        assert self.time >= self.headless_until, "this would never come back"
         return self.each
 
     def resources(self) -> str:
+        assert self.time >= self.headless_until, "this would never come back"
         return "8 CPUs"
 
     # what may happen

@@ -1,5 +1,5 @@
-"""What a worker process of Ray does at its start, in tests of nodes that decode: from then on each image takes so long as
-SLOW_DECODE_S says, asleep, as if a core were at it that this machine does not have; and each is written down in the
+"""What a worker process of Ray does at its start, in tests of nodes that decode: from then on each image takes
+SLOW_DECODE_S longer, asleep, as if a core were at it that this machine does not have; and each is written down in the
 file SLOW_DECODE_LOG as `<time> <node> <pid>`."""
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from jobs.cluster import ClusterError
 from jobs.decode_place import DecodeTasks
 from jobs.dispatch import Dispatch, GivenUp
 from jobs.pace import LEAST_DEADLINE_S
+from jobs.waiting import RAY_ENDS_AFTER_S
 from pipeline.errors import PublishFailed, RunHeld, ShardError
 from pipeline.plan import ShardTask
 from pipeline.records import ObjectInfo, ShardResult
@@ -88,6 +89,30 @@ def test_who_waits_in_vain_for_an_actor_is_told_what_the_last_one_was_lost_to() 
     actors.load = lambda actor: actors._call(actor, 1e9, None)  # type: ignore[method-assign, assignment, arg-type]
     with pytest.raises(ClusterError, match=r"add nodes.*the last actor: no such checkpoint"):
         run(actors, "a", num_actors=1)
+
+
+def headless(seconds: float) -> Callable[[SimulatedActors], None]:
+    def happen(world: SimulatedActors) -> None:
+        world.headless_until = world.time + seconds
+
+    return happen
+
+
+def test_a_head_that_is_gone_for_good_ends_the_run_in_time_and_says_how_to_go_on() -> None:
+    actors = SimulatedActors(seconds=lambda task, attempt: 1e6)
+    actors.accidents = [
+        (20.0, headless(1e9)),
+        (21.0, lambda them: [them.die(actor, "gone") for actor in them.living()]),
+    ]
+    with pytest.raises(ClusterError, match=r"head has not answered for 3\d s; .*same command goes on"):
+        run(actors, "abc")
+    assert actors.time < 20 + RAY_ENDS_AFTER_S - 10
+
+
+def test_a_head_that_was_away_for_a_moment_is_no_reason_to_stop() -> None:
+    actors = SimulatedActors(seconds=lambda task, attempt: 15.0)
+    actors.accidents = [(10.0, headless(20.0)), (50.0, headless(20.0))]
+    assert attempts_of(run(actors, "abcdefgh")) == dict.fromkeys("abcdefgh", 1)
 
 
 def test_a_straggler_is_left_alone_as_long_as_there_is_other_work() -> None:
