@@ -122,6 +122,7 @@ class RayHead(_Server):
     def __init__(self, folder: Path, num_cpus: int) -> None:
         ports = dict(zip(_RAY_PORTS, free_ports(len(_RAY_PORTS)), strict=True))  # other Rays have the usual ones
         self.dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
+        self.address = f"127.0.0.1:{ports['port']}"  # of the cluster itself, for drivers that join it
         self._token = secrets.token_hex(16)
         scripts = Path(sys.executable).parent
         command = [str(scripts / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}",

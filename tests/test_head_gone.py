@@ -1,0 +1,62 @@
+"""The cluster's head is killed in the middle of a run: the driver ends in order, and goes on with the next cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.local_servers import RayHead
+from jobs.verify import run_verify
+from jobs.waiting import RAY_ENDS_AFTER_S
+from make_data import write_checkpoint, write_shards
+
+NUM_SHARDS = 40
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def driver(config: Path, head: RayHead) -> subprocess.Popen[str]:
+    environment = {**os.environ, **head.environment, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "jobs.cli", "tokenize", str(config)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_the_driver_says_so_before_ray_ends_it_and_the_same_command_finishes_on_the_next_cluster(
+    tmp_path: Path,
+) -> None:
+    head, output, config = RayHead(tmp_path / "ray", num_cpus=2), tmp_path / "out", tmp_path / "tokenize.yaml"
+    write_shards(tmp_path / "shards", [30] * NUM_SHARDS)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", size=128, width=128)
+    config.write_text(yaml.safe_dump({
+        "checkpoint": str(checkpoint), "shards": str(tmp_path / "shards"), "output": str(output), "batch_size": 8,
+        "ray": {"address": head.address, "num_actors": 1},
+    }))  # fmt: skip
+    head.start()
+    try:
+        first = driver(config, head)
+        while first.poll() is None and len(list((output / "tokens").glob("*.parquet"))) < 3:
+            time.sleep(0.05)
+        head.kill()
+        killed = time.monotonic()
+        said, _ = first.communicate(timeout=120)
+        assert first.returncode == 1, said
+        assert time.monotonic() - killed < RAY_ENDS_AFTER_S
+        assert "head has not answered for" in said and f"dvae tokenize {config}" in said
+        assert not (output / "lease.json").exists() and not list(output.rglob("*.tmp"))
+        done = len(list((output / "tokens").glob("*.parquet")))
+        assert f"{done:,} shards are done, {NUM_SHARDS - done:,} are left" in said
+
+        head.start()
+        again = driver(config, head)
+        said, _ = again.communicate(timeout=120)
+        assert again.returncode == 0 and f"{done} done, {NUM_SHARDS - done} new" in said, said
+    finally:
+        head.stop()
+    assert run_verify(str(output), as_json=True) == 0
