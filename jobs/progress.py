@@ -69,11 +69,16 @@ class JobProgress:
             self._last_line = time.monotonic()
             log.info("%s %d of %d, %s, %s left", self._what, self._done, self._total, text, self._left())
 
-    def _left(self) -> str:
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the end at the pace so far; None before there is one."""
         made = self._done - self._first
-        if made <= 0:
+        return (time.monotonic() - self._started_at) / made * (self._total - self._done) if made > 0 else None
+
+    def _left(self) -> str:
+        left_s = self.left_s
+        if left_s is None:
             return "unknown time"
-        left_s = (time.monotonic() - self._started_at) / made * (self._total - self._done)
         return (
             f"{left_s / 3600:.1f} h"
             if left_s > 5400
