@@ -28,7 +28,7 @@ class Answer:
     value: ShardResult | SignOfLife
     times: StageTimes = field(default_factory=StageTimes)  # that the actor spent since its last answer
     note: str = ""  # for the driver's log
-    failed_images: Mapping[str, int] = field(default_factory=dict)  # of the shard, by reason
+    failed_images: Mapping[str, int] = field(default_factory=dict, hash=False)  # of the shard, by reason
 
 
 @dataclass(frozen=True)
