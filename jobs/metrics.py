@@ -87,7 +87,8 @@ METRICS = _named((
 def run_label(output_url: str) -> str:
     """What a run is called: the last name of its output, without credentials, and a hash of the whole."""
     public = storage.public_url(output_url)
-    return f"{storage.base_name(public)[:NAME_CHARACTERS]}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
+    name = storage.base_name(public)[:NAME_CHARACTERS] or "output"  # of a whole bucket
+    return f"{name}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
 
 
 class Meters(Protocol):
