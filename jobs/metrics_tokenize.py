@@ -35,6 +35,7 @@ class TokenizeMetrics:
         self._ended_at = now()  # the newest shard, or the start
         self._ended: Counter[str] = Counter()  # shards, by state
         self._sums: Counter[str] = Counter()  # of those that are done
+        self._seconds: list[float] = []  # of those that were not told yet: many at once cost less
         self._told: defaultdict[tuple[str, ...], float] = defaultdict(float)
 
     def __enter__(self) -> TokenizeMetrics:
@@ -54,7 +55,7 @@ class TokenizeMetrics:
             self._sums["tokenize_images"] += row.num_rows
             self._sums["tokenize_input_bytes"] += row.size_bytes
             self._sums["tokenize_output_bytes"] += row.part_bytes
-            self._meters.observe("tokenize_shard_seconds", row.seconds)
+            self._seconds.append(row.seconds)
 
     def look(self) -> None:
         """As often as one likes."""
@@ -71,6 +72,9 @@ class TokenizeMetrics:
             self._count(name, total)
         for state, number in self._ended.items():
             self._count("tokenize_ended_shards", number, state=state)
+        seconds, self._seconds = self._seconds, []
+        for one in seconds:
+            self._meters.observe("tokenize_shard_seconds", one)
 
     def _tell_pool(self) -> None:
         pool, times = self._pool, self._pool.times

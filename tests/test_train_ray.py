@@ -61,13 +61,15 @@ def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path
     finally:
         end(driver, mark)
     assert run_training(config(folder, output=str(tmp_path / "killed"), steps=steps, ray=TWO), "dvae train") == 0
-    prometheus_knows(TrainOutput(str(tmp_path / "killed")), steps)
     assert weights(tmp_path / "killed", steps) == weights(tmp_path / "calm", steps)
     assert metric_lines(tmp_path / "killed") == metric_lines(tmp_path / "calm")
 
 
-def prometheus_knows(output: TrainOutput, steps: int) -> None:
-    """All that infra/monitoring asks for of training, as metrics.jsonl has it."""
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_that_monitoring_asks_for_is_exported_and_is_what_the_metrics_say(folder: Path, tmp_path: Path) -> None:
+    steps = 24
+    assert run_training(config(folder, output=str(tmp_path / "watched"), steps=steps, ray=TWO), "dvae train") == 0
+    output = TrainOutput(str(tmp_path / "watched"))
     run, lines = run_label(output.url), output.read_metrics()
     found = scraped(lambda found: found.value("ray_dvae_train_step", run=run) == steps)
     assert not missing(found, "train", run)
