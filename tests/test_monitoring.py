@@ -92,6 +92,16 @@ def test_the_operators_rules_are_those_of_prometheus() -> None:
     assert rule["spec"] == ALERTS
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+def test_kustomize_gives_the_operator_its_rules_its_targets_and_grafana_the_dashboard() -> None:
+    command = ["kubectl", "kustomize", str(MONITORING)]
+    rendered = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    by_kind = {each["kind"]: each for each in yaml.safe_load_all(rendered)}
+    assert set(by_kind) == {"PodMonitor", "PrometheusRule", "ConfigMap"}
+    (dashboard,) = by_kind["ConfigMap"]["data"].values()
+    assert json.loads(dashboard) == DASHBOARD and by_kind["PrometheusRule"]["spec"] == ALERTS
+
+
 @needs_promtool
 @pytest.mark.parametrize(
     "command", ["check config infra/monitoring/prometheus.yaml", "test rules tests/alerts_test.yaml"]
