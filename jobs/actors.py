@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ LOOK_EVERY_S = 1.0  # at all actors: who hangs, who is late, who is to leave
 ASK_EVERY_S = 2.0  # the head: which nodes are about to go, what there is
 GROW_EVERY_S = 10.0
 LAST_WORDS_S = 5.0  # how long to wait for killed actors to be gone
+AWAY = "actor_away"  # through no fault of a shard: its node went, or could not be reached
 _REASONS = {
     "truncated": FailureReason.SHARD_TRUNCATED,
     "damaged": FailureReason.SHARD_DAMAGED,
@@ -65,7 +67,10 @@ class ActorPool:
         self._slots = Slots(settings.num_actors, actors, now)
         self._pace = Pace(settings.shard_deadline_s)
         self._waiting = Waiting(settings, now, actors.resources)
-        self.times = StageTimes()  # of all actors, in all runs
+        self.times = StageTimes()  # of all actors, in all runs; so are the next three, by reason
+        self.failed_images: Counter[str] = Counter()  # of shards that are done
+        self.failed_attempts: Counter[str] = Counter()
+        self.lost_actors: Counter[str] = Counter()
         self._head = Head(now)
         self._calls = Calls()
         self._roomy: dict[str, Slot] = {}  # those that may have room for a shard, by name
@@ -86,6 +91,12 @@ class ActorPool:
         while self._calls and self._now() < until:
             for ref in self._actors.wait(self._calls.refs(), POLL_S):
                 self._calls.pop(ref)
+
+    def num_by_state(self) -> Counter[str]:
+        """Of the actors' places; every state is there."""
+        numbers = Counter({state.value: 0 for state in State})
+        numbers.update(slot.state.value for slot in self._slots)
+        return numbers
 
     def run(self, dispatch: Dispatch, check: Callable[[], None] = lambda: None) -> Iterator[ShardResult | GivenUp]:
         """What became of each shard, as it becomes known. Raises ClusterError when no actor can be had, what the
@@ -188,16 +199,18 @@ class ActorPool:
             yield from self._lost(call.slot, outcome.message, blameless=blameless)
         elif isinstance(outcome, Unreachable):
             self._slots.away(call.slot, outcome.message)
+            self.failed_attempts[AWAY] += len(self._dispatch.held_by(call.slot.name))
             yield from self._dispatch.actor_away(call.slot.name)
         elif isinstance(outcome.value, ShardResult):
             self.times += outcome.times
             self._say(call.slot.name, outcome.note)
-            yield from self._finished(call, outcome.value)
+            yield from self._finished(call, outcome.value, outcome.failed_images)
         else:
             yield from self._shows_life(call.slot, outcome.value)
 
-    def _finished(self, call: Call, result: ShardResult) -> Iterator[ShardResult]:
+    def _finished(self, call: Call, result: ShardResult, failed_images: Mapping[str, int]) -> Iterator[ShardResult]:
         if call.work is not None and self._is_awaited(call):
+            self.failed_images.update(failed_images)
             call.slot.deaths = 0
             self._pace.note(_size(call.work), self._age_s(call))
             self._dispatch.done(call.slot.name, call.work)
@@ -227,6 +240,7 @@ class ActorPool:
             yield from self._lost(call.slot, message)
         elif self._is_awaited(call):
             log.warning("%s failed (attempt %d): %s", _shown(call.work), call.work.charged + 1, message)
+            self.failed_attempts[_reason(error).value] += 1
             given_up = self._dispatch.failed(call.slot.name, call.work, _reason(error), message)
             if given_up is not None and isinstance(error, PublishFailed):
                 raise error  # it would quarantine every good shard, one after another: rather stop, and go on later
@@ -235,13 +249,17 @@ class ActorPool:
     def _lost(
         self, slot: Slot, message: str, culprits: Sequence[Work] = (), *, blameless: bool = False
     ) -> Iterator[GivenUp]:
-        held = ", ".join(_shown(work) for work in self._dispatch.held_by(slot.name)) or "no shard"
-        log.warning("%s is replaced while it held %s: %s", slot.name, held, message)
+        held = self._dispatch.held_by(slot.name)
+        log.warning(
+            "%s is replaced while it held %s: %s", slot.name, ", ".join(map(_shown, held)) or "no shard", message
+        )
         self._actors.kill(slot.actor)  # also one that Ray calls dead: its node may only be cut off
+        reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
+        self.lost_actors[AWAY if blameless else reason.value] += 1
+        self.failed_attempts[AWAY if blameless else reason.value] += len(held)
         if blameless:
             yield from self._dispatch.actor_away(slot.name)
         else:
-            reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
             yield from self._dispatch.actor_lost(slot.name, reason, message, culprits)
         self._slots.lost(slot, message, blameless=blameless)
 

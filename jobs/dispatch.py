@@ -68,6 +68,11 @@ class Dispatch:
     def num_waiting(self) -> int:
         return len(self._tasks) - self._next + len(self._first) + len(self._last) + len(self._suspects)
 
+    @property
+    def num_held(self) -> int:
+        """Given out; a straggler that two actors hold counts twice."""
+        return sum(map(len, self._held.values()))
+
     def has_room(self, actor: str) -> bool:
         """It might get another shard, if there is one for it."""
         held = self._held.get(actor, ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Answer:
     value: ShardResult | SignOfLife
     times: StageTimes = field(default_factory=StageTimes)  # that the actor spent since its last answer
     note: str = ""  # for the driver's log
+    failed_images: Mapping[str, int] = field(default_factory=dict, hash=False)  # of the shard, by reason
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class RayActors:
     def outcome(self, call: Any) -> Outcome:
         try:
             value = ray.get(call)
-            return Answer(value.result, value.times, value.note) if isinstance(value, Tokenized) else Answer(value)
+            if isinstance(value, Tokenized):
+                return Answer(value.result, value.times, value.note, value.failed_images)
+            return Answer(value)
         except ActorUnavailableError as error:
             return Unreachable(in_few_words(error))
         except RayTaskError as error:

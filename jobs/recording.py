@@ -40,6 +40,11 @@ class Recording:
         """With a result, of this run or an earlier one."""
         return self.totals.num_done + self.totals.num_quarantined
 
+    @property
+    def num_unwritten(self) -> int:
+        """Rows that are not yet in the ledger."""
+        return len(self._rows)
+
     def note(self, row: ShardResult) -> None:
         """Raises what the writing of earlier rows raised, which are kept and written again at the end."""
         self._rows.append(row)

@@ -29,6 +29,7 @@ from pipeline.tokenize_shard import quarantine
 
 if TYPE_CHECKING:
     from jobs.dispatch import GivenUp
+    from jobs.metrics_tokenize import TokenizeMetrics
     from jobs.tokenize_actor import Source
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class Session:
         from jobs.actors import ActorPool  # Ray is imported only where there is work
         from jobs.cluster import connected
         from jobs.dispatch import Dispatch
+        from jobs.metrics import RayMeters
+        from jobs.metrics_tokenize import TokenizeMetrics
         from jobs.pool_settings import pool_settings, store_bytes
         from jobs.ray_actors import RayActors
 
@@ -133,15 +136,21 @@ class Session:
             with (
                 ActorPool(RayActors(source, job, settings), settings) as pool,
                 JobProgress("shards", self._num_shards, self._num_before, amount=left_bytes) as progress,
+                TokenizeMetrics(RayMeters(self._output.url), pool, dispatch, self._recording, progress) as metrics,
             ):
-                for outcome in pool.run(dispatch, self._ledger.check):
+                for outcome in pool.run(dispatch, lambda: self._look(metrics)):
                     row = self._record(outcome)
+                    metrics.ended(row)
                     progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
                     text = self._speed(started, rows_before, in_short(pool.times))
                     progress.advance(1, text, row.size_bytes, row.seconds)
             self._say_who_was_starved(
                 in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
             )
+
+    def _look(self, metrics: TokenizeMetrics) -> None:
+        self._ledger.check()
+        metrics.look()
 
     def _record(self, outcome: ShardResult | GivenUp) -> ShardResult:
         self._ledger.check()

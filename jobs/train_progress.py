@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Literal, get_args
 
@@ -27,7 +27,9 @@ class Status:
     step: int
     loss: float | None = None
     images_per_s: float = 0.0
+    psnr_soft: float | None = None
     psnr_hard: float | None = None
+    figures: Mapping[str, float | None] = field(default_factory=dict)  # of the newest training line
     num_bad_images: int = 0
     num_workers: int = 1
     saved_step: int = 0  # of the newest whole checkpoint
@@ -108,6 +110,11 @@ class StepProgress:
         self._steps, self._shown = steps, 0
         self._told: set[str] = set()
         self._bar: JobProgress | None = None
+
+    @property
+    def left_s(self) -> float | None:
+        """To the last step, at the pace so far."""
+        return None if self._bar is None else self._bar.left_s
 
     def show(self, status: Status) -> None:
         if self._bar is None:

@@ -28,8 +28,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import SWITCH_INTERVAL_S, ClusterError, connected, describe_resources
+from jobs.metrics import RayMeters
+from jobs.metrics_train import TrainMetrics
 from jobs.train_callbacks import LEAVING, ElasticTrainer, HearNotice, SaveBeforeResize, TellOfLosses, first_line
-from jobs.train_config import RayConfig
+from jobs.train_config import RayConfig, TrainConfig
 from jobs.train_progress import Board, Notes, Status, StepProgress, TrainingFailed, Wish, stop_signals
 from jobs.train_ranks import Ranks
 from jobs.train_worker import Ending, TrainJob, train
@@ -54,7 +56,7 @@ def train_on_ray(job: TrainJob, check: Callable[[], None]) -> Ending:
         _warn_of_a_local_output(job.config.output)
         if not _resources_there(settings, wait_s, stop):
             return "stopped"
-        with Watch(job.config.steps, check) as watch:
+        with Watch(job.config, check) as watch:
             while (ending := _one_group(job, watch, stop)) == "left":
                 log.warning("the workers left a machine that is about to go, after a checkpoint; going on elsewhere")
                 if not _resources_there(settings, math.inf, stop):
@@ -72,11 +74,12 @@ def _one_group(job: TrainJob, watch: Watch, stop: threading.Event) -> Ending:
 class Watch:
     """The driver's look at the board."""
 
-    def __init__(self, steps: int, check: Callable[[], None]) -> None:
+    def __init__(self, config: TrainConfig, check: Callable[[], None]) -> None:
         self._check = check
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        self._shown, self._num_losses, self._num_workers = StepProgress(steps), 0, 0
+        self._shown, self._num_losses, self._num_workers = StepProgress(config.steps), 0, 0
+        self._metrics = TrainMetrics(RayMeters(config.output), config.steps, self._shown)
         self._started = False
 
     def __enter__(self) -> Watch:
@@ -90,15 +93,16 @@ class Watch:
         """Show progress until training ends. False: it was to stop, and would not within the grace."""
         while not ending.done() and not stop.wait(POLL_S):
             self._check()
-            self._look()
+            self._metrics.look(*self._look())
         if stop.is_set() and self._started:
             log.warning("stopping: a checkpoint is saved first (once more to stop at once)")
             self.board.ask_to_stop.remote()
             wait([ending], timeout=STOP_GRACE_S)
-        self._look()
+        self._metrics.tell(*self._look())
         return ending.done()
 
-    def _look(self) -> None:
+    def _look(self) -> tuple[Status | None, int]:
+        """The newest status, and how many workers were lost."""
         notes: Notes = ray.get(self.board.read.remote())
         for loss in notes.losses[self._num_losses :] if notes.failure is None else ():
             log.warning("%s; training goes on from the newest checkpoint, as often as ray.max_failures allows", loss)
@@ -109,6 +113,7 @@ class Watch:
                 log.info("training with %d workers from step %d on", self._num_workers, notes.status.step)
             self._started = True
             self._shown.show(notes.status)
+        return notes.status, self._num_losses
 
 
 @dataclass(frozen=True)

@@ -132,16 +132,20 @@ class TrainingRun:
         cursors = self._all_cursors()
         figures, counted = self._window.close(), counts(cursors)
         figures |= {"skipped_steps": self._trainer.skipped_steps, **self._trainer.take_code_use()}
+        figures |= counted
         if self._journal is not None:
             images_per_s = round(self._line_speed.lap(self.step) * self._config.batch_size, 1)
-            self._journal.add("train", self.step, {**figures, **counted, "images_per_s": images_per_s})
-        self._status = replace(self._status, loss=figures["loss"], num_bad_images=counted["num_bad_images"])
+            self._journal.add("train", self.step, {**figures, "images_per_s": images_per_s})
+        self._status = replace(
+            self._status, loss=figures["loss"], num_bad_images=counted["num_bad_images"], figures=figures
+        )
         judge_data(self._config, self._job.train_shards, cursors)
 
     def evaluate(self) -> None:
         assert self._evaluation is not None
         evaluated = self._evaluation.evaluate(self._trainer)
-        self._status = replace(self._status, psnr_hard=evaluated.figures["psnr_hard"])
+        soft, hard = evaluated.figures["psnr_soft"], evaluated.figures["psnr_hard"]
+        self._status = replace(self._status, psnr_soft=soft, psnr_hard=hard)
         if self._journal is not None:
             self._journal.add("eval", self.step, evaluated.figures)
             config = self._config

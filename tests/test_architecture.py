@@ -38,7 +38,7 @@ DOORS = {
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
         "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
-        "jobs/train_ray.py", "jobs/train_callbacks.py", "jobs/stats_ray.py",
+        "jobs/train_ray.py", "jobs/train_callbacks.py", "jobs/stats_ray.py", "jobs/metrics.py",
     },
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},

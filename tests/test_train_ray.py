@@ -16,11 +16,14 @@ import pytest
 import yaml
 
 from jobs.cluster import ClusterError
+from jobs.metrics import run_label
 from jobs.train_dvae import run_training
 from jobs.train_output import TrainOutput
 from jobs.train_progress import TrainingFailed
 from make_data import write_shards
 from make_training import config, metric_lines, settings, weights, write_training_data
+from scrape import scraped
+from test_monitoring import missing
 from train_processes import run_two
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("fast_polls")]
@@ -60,6 +63,23 @@ def test_two_workers_killed_with_their_driver_go_on_bit_identically(folder: Path
     assert run_training(config(folder, output=str(tmp_path / "killed"), steps=steps, ray=TWO), "dvae train") == 0
     assert weights(tmp_path / "killed", steps) == weights(tmp_path / "calm", steps)
     assert metric_lines(tmp_path / "killed") == metric_lines(tmp_path / "calm")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_that_monitoring_asks_for_is_exported_and_is_what_the_metrics_say(folder: Path, tmp_path: Path) -> None:
+    steps = 24
+    assert run_training(config(folder, output=str(tmp_path / "watched"), steps=steps, ray=TWO), "dvae train") == 0
+    output = TrainOutput(str(tmp_path / "watched"))
+    run, lines = run_label(output.url), output.read_metrics()
+    found = scraped(lambda found: found.value("ray_dvae_train_step", run=run) == steps)
+    assert not missing(found, "train", run)
+    trained, evaluated = ([line for line in lines if line["kind"] == kind][-1] for kind in ("train", "eval"))
+    for name, figure in {"loss": "loss", "learning_rate": "lr", "used_share": "used_share"}.items():
+        assert found.value(f"ray_dvae_train_{name}", run=run) == trained[figure], name
+    decibels = {"soft": evaluated["psnr_soft"], "hard": evaluated["psnr_hard"]}
+    assert found.values("ray_dvae_train_psnr_decibels", by="way", run=run) == decibels
+    assert (found.value("ray_dvae_train_workers", run=run), found.value("ray_dvae_train_steps", run=run)) == (2, steps)
+    assert found.value("ray_dvae_train_checkpoint_step", run=run) == output.newest_step()
 
 
 @pytest.mark.usefixtures("ray_cluster")
