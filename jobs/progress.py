@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
 import time
 from types import TracebackType
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
 NOTES_A_SECOND = 10  # more than these nobody reads
 BAR_EVERY_S = 0.1
+PROGRESS_LINE = re.compile(r"\S+ \S+ INFO \w+ [\d,]+ of [\d,]+, .* left")
+"""Of a log: what `advance` writes where nobody looks."""
 
 
 class JobProgress:
