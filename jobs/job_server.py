@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -18,6 +19,8 @@ ADDRESS = "RAY_API_SERVER_ADDRESS"
 NO_AGENT = "No available agent"  # a head answers some seconds before it can run jobs
 AGENT_WAIT_S = 60.0
 TIMEOUT_S = (10.0, 120.0)  # to connect; between two bytes of an answer
+for _chatty in ("dashboard_sdk", "job.sdk"):  # they tell of packages and of connections that are closed
+    logging.getLogger(f"ray.dashboard.modules.{_chatty}").setLevel(logging.WARNING)
 STOPPED, SUCCEEDED = JobStatus.STOPPED, JobStatus.SUCCEEDED
 
 

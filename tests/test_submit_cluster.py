@@ -1,14 +1,14 @@
-"""`dvae submit` and `dvae jobs` on a real Ray Jobs server with an S3 server: jobs that are followed, stopped half way and
-submitted again, a head that is killed, and secrets that are found nowhere."""
+"""`dvae submit` and `dvae jobs` on a real Ray Jobs server with an S3 server: jobs that are followed, stopped half way
+and submitted again, a head that is killed, and secrets that are found nowhere."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ import yaml
 
 from jobs.local_servers import RayHead
 from jobs.submit import submission_id
+from jobs.train_output import TrainOutput
 from make_data import write_checkpoint, write_shards
 from make_training import settings, write_training_data
 from pipeline import storage
@@ -28,7 +29,6 @@ from web_server import serve
 pytestmark = [pytest.mark.ray, pytest.mark.server]
 NUM_SHARDS, IMAGES = 12, 30
 USER, PASSWORD, SIGNATURE = "planted-user", "planted-password", "planted-signature"
-DONE = re.compile(r"rows, 0 failed|shards \d+ of \d+")
 
 
 @pytest.fixture
@@ -104,7 +104,8 @@ def parts(output: str) -> dict[str, str]:
 def test_a_tokenising_job_is_stopped_half_way_and_submitted_again_and_ends_complete_with_no_secret_anywhere(
     s3: str, head: RayHead, tmp_path: Path
 ) -> None:
-    with serve() as web:
+    gate = threading.Event()  # the job cannot end before it is open
+    with serve(gate=gate) as web:
         secret_url = web.replace("http://", f"http://{USER}:{PASSWORD}@") + f"?sig={SIGNATURE}"
         folder, output = tokenize_job(s3, tmp_path, "journey", secret_url)
         name = submission_id("tokenize", output)
@@ -120,6 +121,7 @@ def test_a_tokenising_job_is_stopped_half_way_and_submitted_again_and_ends_compl
             assert "stopped: " in stopped and "go on with" in stopped and f"{name}: STOPPED" in stopped
             said = second.communicate(timeout=30)[0]
             assert second.returncode == 130 and f"{name} was stopped" in said
+        gate.set()
         done = parts(output)
         assert 0 < len(done) < NUM_SHARDS + 1 and not storage.exists(f"{output}/lease.json")
 
@@ -139,23 +141,25 @@ def test_a_tokenising_job_is_stopped_half_way_and_submitted_again_and_ends_compl
     head.environment, mine = unknown, head.environment
     assert "token" in run(head, folder, "jobs", "list", code=2)
     head.environment = mine
-    nowhere(head, output, tmp_path)
+    nowhere(head, output, "manifest.json")
 
 
-def nowhere(head: RayHead, output: str, tmp_path: Path) -> None:
-    """No planted secret in what the head tells and keeps of its jobs, nor in what they wrote."""
+def nowhere(head: RayHead, output: str, *names: str) -> None:
+    """No planted secret in what the head tells and keeps of its jobs, nor in what they wrote (`names` of it are
+    there)."""
     token = head.environment["RAY_AUTH_TOKEN"]
     secrets = (token, USER, PASSWORD, SIGNATURE, os.environ["AWS_SECRET_ACCESS_KEY"])
-    asked = ("jobs/", "v0/actors?detail=1", "v0/tasks?detail=1", "v0/runtime_envs?detail=1", "v0/workers?detail=1",
-             "v0/jobs?detail=1", "v0/nodes?detail=1", "cluster_status", "v0/cluster_metadata", "serve/applications/")  # fmt: skip
+    tables = (f"v0/{name}?detail=1" for name in ("actors", "tasks", "runtime_envs", "workers", "jobs", "nodes"))
+    asked = ("jobs/", "cluster_status", "v0/cluster_metadata", *tables)
     places = {path: ask(head, f"/api/{path}", token) for path in asked}
     places |= {path: ask(head, path, token) for path in ("/nodes?view=details", "/logical/actors", "/events")}
     session = json.loads(places["v0/cluster_metadata"])["data"]["sessionName"]
     logs = [path for path in Path("/tmp/ray", session, "logs").rglob("*") if path.is_file()]
     places |= {str(path): path.read_bytes() for path in logs}
     places |= {info.url: storage.read_bytes(info.url) for info in storage.list_files(output)}
-    assert any("job-driver-" in place for place in places) and f"{output}/run.json" in places
-    assert f"{output}/plan.json" in places and f"{output}/manifest.json" in places
+    assert any("job-driver-" in place for place in places)
+    for name in ("run.json", "plan.json", *names):
+        assert any(place.startswith(f"{output}/{name}") for place in places), name
     found = {(place, secret) for place, data in places.items() for secret in secrets if secret.encode() in data}
     assert found == set()
 
@@ -165,3 +169,89 @@ def ask(head: RayHead, path: str, token: str) -> bytes:
     with urllib.request.urlopen(request, timeout=30) as answer:
         data: bytes = answer.read()
         return data
+
+
+@pytest.mark.slow
+@pytest.mark.training
+@pytest.mark.timeout(500)
+def test_a_training_job_is_stopped_half_way_and_submitted_again_and_ends_as_one_that_nothing_disturbed(
+    s3: str, head: RayHead, tmp_path: Path
+) -> None:
+    """Its steps are more than it can do, until it is known where it was stopped."""
+    write_training_data(tmp_path)
+    upload(tmp_path / "train", f"{s3}/train")
+    upload(tmp_path / "val", f"{s3}/val")
+    write_yaml(tmp_path / "job" / "t.yaml", settings(
+        Path("unused"), output=f"{s3}/stopped", eval={"every_steps": 0}, checkpoint={"every_steps": 500},
+        data={"train_shards": f"{s3}/train/*.tar", "val_shards": f"{s3}/val/*.tar"}, log={"every_steps": 100},
+        ray={"num_workers": 2, "cpus_per_worker": 1},
+    ))  # fmt: skip
+    name = submission_id("train", f"{s3}/stopped")
+    with dvae(head, tmp_path / "job", "submit", "train", "t.yaml", "steps=1000000") as client:
+        wait_for(lambda: any(storage.list_files(f"{s3}/stopped/checkpoints")))
+        said = run(head, tmp_path / "job", "jobs", "stop", name)
+        assert "a checkpoint is saved first" in said and "go on with" in said and "STOPPED" in said
+        assert client.wait(timeout=30) == 130
+    stopped_at = TrainOutput(f"{s3}/stopped").newest_step()
+    assert stopped_at % 500, "the checkpoint is that of the goodbye"
+    steps = f"steps={stopped_at + 25}"
+    assert "done: " in run(head, tmp_path / "job", "submit", "train", "t.yaml", steps)
+    run(head, tmp_path / "job", "submit", "train", "t.yaml", steps, f"output={s3}/calm")
+    assert files_of(f"{s3}/stopped", stopped_at + 25) == files_of(f"{s3}/calm", stopped_at + 25)
+
+
+def files_of(output: str, step: int) -> list[bytes]:
+    """All that training leaves of its tensors."""
+    folder = f"{output}/checkpoints/step-{step:08d}"
+    names = (f"{folder}/model.safetensors", f"{folder}/training.safetensors", f"{output}/model/model.safetensors")
+    return [storage.read_bytes(name) for name in names]
+
+
+def wait_for(happened: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not happened():
+        if time.monotonic() > until:
+            raise TimeoutError("it never happened")
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_head_that_is_killed_and_started_again_goes_on_with_the_same_submit(
+    s3: str, head: RayHead, tmp_path: Path
+) -> None:
+    gate = threading.Event()
+    with serve(gate=gate) as web:
+        folder, output = tokenize_job(s3, tmp_path, "killed", web)
+        name = submission_id("tokenize", output)
+        with dvae(head, folder, "submit", "tokenize", "t.yaml") as client:
+            read_until(client, lambda line: ": 30 rows" in line)
+            head.kill()
+            assert "asking again" in read_until(client, lambda line: "asking again" in line)
+            head.start()
+            said = client.communicate(timeout=90)[0]
+            assert client.returncode == 1 and f"knows nothing of {name} any more" in said, said
+        done = parts(output)
+        assert 0 < len(done) < NUM_SHARDS + 1 and storage.exists(f"{output}/lease.json")
+        gate.set()
+        said = run(head, folder, "submit", "tokenize", "t.yaml")
+        assert f"submitted {name} with" in said and f"{NUM_SHARDS + 1} of {NUM_SHARDS + 1} shards" in said
+    assert done.items() <= parts(output).items(), "a finished part was written again"
+    assert "complete" in run(head, folder, "verify", output)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_job_whose_shard_cannot_be_read_tells_of_it_without_its_secrets(
+    s3: str, head: RayHead, tmp_path: Path
+) -> None:
+    """Messages of clients quote what they asked for. The line of the job has them by the names of variables."""
+    with serve() as web:
+        url = web.replace("http://", f"http://{USER}:{PASSWORD}@").replace("x.tar", "broken.tar") + f"?sig={SIGNATURE}"
+        folder, output = tokenize_job(s3, tmp_path, "broken")
+        head.stop()
+        head.environment["PLANTED"] = url
+        head.start()
+        said = run(head, folder, "submit", "tokenize", "t.yaml", "shards=${oc.env:PLANTED}", "attempts=2", code=1)
+    assert "quarantined" in said and "broken.tar" in said
+    nowhere(head, output, "errors")
