@@ -36,8 +36,9 @@ def run_submit(
     output = str(getattr(settings, "output"))  # noqa: B009 - each kind has one
     _refuse_relative(output)
     _refuse_secrets([config, *overrides])
-    env_vars, there = _environment(names), _below_here(config)
+    env_vars = _environment(names)
     server = JobServer.connect(address)
+    there = _below_here(config)
     entrypoint = shlex.join(["dvae", kind, there, *overrides])
     name = _running(server, submission_id(kind, output), entrypoint)
     if name is None:
