@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.cli_jobs import Config, Overrides, jobs_app, submit
 from jobs.cli_models import AsJson, export_weights, import_weights, parity
 from jobs.cli_tokens import compact, register, report, stats
 from jobs.command_line import say, set_up_log
@@ -24,8 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train a dVAE with Ray and turn image sets of any size into tokens.",
 )
-Config = Annotated[str, typer.Argument(help="a YAML file (any URL)", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of it", metavar="[KEY=VALUE]...")]
 
 
 @app.command()
@@ -210,20 +209,8 @@ def demo(
     return run_demo(folder or ("demo-cluster" if cluster else "demo-output"), on_cluster=cluster)
 
 
-@app.command()
-def submit(
-    job: Annotated[str, typer.Argument(help="train or tokenize", metavar="train|tokenize")],
-    config: Config,
-    overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="the cluster's dashboard; $RAY_API_SERVER_ADDRESS without it")
-    ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="do not follow the logs")] = False,
-) -> int:
-    """Send a train or tokenize job to a Ray cluster and follow its logs."""
-    from jobs.submit import run_submit
-
-    return run_submit(job, config, overrides or [], address=address, follow=not no_wait)
+app.command()(submit)
+app.add_typer(jobs_app, name="jobs")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -132,7 +132,7 @@ class RayHead(_Server):
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
             "RAY_API_SERVER_ADDRESS": self.dashboard,
-            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",  # jobs begin with `python`
+            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",  # jobs begin with `dvae`
         }
         super().__init__("Ray", command, folder / "log", environment)
 

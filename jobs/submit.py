@@ -1,104 +1,118 @@
-"""`dvae submit`: send a job to a Ray cluster and follow its logs. The cluster runs the line a person would type."""
+"""`dvae submit`: send a job to a Ray cluster and follow its log. The cluster runs the line that a person would type."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
 import os
+import re
 import shlex
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import aiohttp
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
-from rich.console import Console
-from rich.markup import escape
-
+from jobs.command_line import say
 from jobs.config import ConfigError, Section, load_config
+from jobs.job_log import LogView, follow
+from jobs.job_package import collect
+from jobs.job_server import JobServer, SubmitError
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
-from pipeline import storage
-from pipeline.errors import PipelineError
+from pipeline.urls import is_local, normalize, public_text, public_url
 
-log = logging.getLogger(__name__)
 KINDS: dict[str, type[Section]] = {"train": TrainConfig, "tokenize": TokenizeConfig}
-EXCLUDED = [".git", ".venv", "**/__pycache__", "*.egg-info", "demo-output", "**/*.tar", "**/*.parquet"]
-
-NO_AGENT = "No available agent"  # a head answers some seconds before it can run jobs
-AGENT_WAIT_S = 60.0
-RECONNECT_S = 2.0
+STOP_WAIT_S = 660  # between SIGTERM and SIGKILL; Ray's own 3 s are not enough for a training's last checkpoint
+_SECRET_NAME = re.compile("secret|token|passw|credential|private|signature|(^|_)key", re.IGNORECASE)
 
 
-class SubmitError(PipelineError):
-    """The job could not be sent."""
-
-
-def run_submit(kind: str, config: str, overrides: Sequence[str], *, address: str | None, follow: bool) -> int:
-    """Send `dvae KIND CONFIG [key=value …]` with the files of the current folder; the job's exit code, or 0 without
-    `follow`. The configuration is checked here first. Raises ConfigError, SubmitError."""
+def run_submit(
+    kind: str, config: str, overrides: Sequence[str], *, address: str | None, names: Sequence[str], wait: bool
+) -> int:
+    """Send `dvae KIND CONFIG [key=value …]` with the files of the current folder and the environment variables `names`;
+    the job's exit code, or 0 without `wait`. The configuration is checked here first. Raises ConfigError, PackageError,
+    SubmitError."""
     if kind not in KINDS:
         raise ConfigError(f"{kind!r} cannot be submitted: name one of {', '.join(KINDS)}")
     settings = load_config(KINDS[kind], config, overrides)
     output = str(getattr(settings, "output"))  # noqa: B009 - each kind has one
     _refuse_relative(output)
-    client = _connect(address)
-    name = submission_id(kind, output)
-    entrypoint = shlex.join(["python", "-m", "jobs.cli", kind, _below_here(config), *overrides])
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if _is_running(client, name):
-        console.print(f"{name} is running already; following it")
-    else:
-        _submit(client, name, entrypoint)
-        console.print(f"submitted {name}: {escape(entrypoint)}")
-    return _follow(client, name, console) if follow else 0
+    _refuse_secrets([config, *overrides])
+    env_vars = _environment(names)
+    server = JobServer.connect(address)
+    there = _below_here(config)
+    entrypoint = shlex.join(["dvae", kind, there, *overrides])
+    name = _running(server, submission_id(kind, output), entrypoint)
+    if name is None:
+        name = _send(server, submission_id(kind, output), entrypoint, there, env_vars, output)
+    return follow(server, name, LogView()) if wait else 0
 
 
 def submission_id(kind: str, output: str) -> str:
-    """The same for the same output, so that a second submit finds the first."""
-    return f"dvae-{kind}-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
+    """The same for the same output, so that a second submit finds the first. (Ray takes no name twice: those after it
+    have a number too.)"""
+    return f"dvae-{kind}-{hashlib.sha256(public_url(normalize(output)).encode()).hexdigest()[:8]}"
 
 
-def _connect(address: str | None) -> JobSubmissionClient:
-    found = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    if not found:
-        raise SubmitError("no cluster named: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
-    try:
-        return JobSubmissionClient(found)
-    except AuthenticationError as error:
-        raise SubmitError(
-            f"{found} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on the head"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SubmitError(f"no Ray Jobs server at {found}: {str(error).splitlines()[0]}") from error
+def _running(server: JobServer, base: str, entrypoint: str) -> str | None:
+    for job in server.jobs():
+        if _number(job.submission_id, base) and not job.status.is_terminal():
+            say(f"{job.submission_id} is running already; following it")
+            if job.entrypoint != entrypoint:
+                say(f"  it runs another line: {job.entrypoint}\n  to run yours: dvae jobs stop {job.submission_id}")
+            return str(job.submission_id)
+    return None
+
+
+def _send(server: JobServer, base: str, entrypoint: str, config: str, env_vars: dict[str, str], output: str) -> str:
+    """The name that it got."""
+    package = collect(Path.cwd(), config)
+    number = max((_number(job.submission_id, base) for job in server.jobs()), default=0) + 1
+    name = base if number == 1 else f"{base}-{number}"
+    with tempfile.TemporaryDirectory(prefix="dvae-submit-") as folder:
+        archive = Path(folder) / "job.zip"
+        package.write(archive)
+        if server.submit(name, entrypoint, archive, env_vars, {"output": public_url(normalize(output))}):
+            say(f"submitted {name} with {package.describe()}: {entrypoint}")
+        else:
+            say(f"{name} was submitted at this moment by another; following it")
+    return name
+
+
+def _number(name: str, base: str) -> int:
+    """Which of those with this base it is, from 1 on; 0 for another's."""
+    found = re.fullmatch(rf"{re.escape(base)}(?:-(\d+))?", name)
+    return int(found[1] or 1) if found else 0
+
+
+def _environment(names: Sequence[str]) -> dict[str, str]:
+    """Anybody who may look at the cluster sees these."""
+    found = {name: os.environ.get(name) for name in names}
+    for name, value in found.items():
+        if value is None:
+            raise SubmitError(f"--env {name}: there is no such variable here")
+        if _SECRET_NAME.search(name) or public_text(value) != value:
+            raise SubmitError(
+                f"--env {name}: a job's environment is shown in the dashboard and kept in logs, and this looks like a "
+                "secret; give it to the cluster's machines instead (a Kubernetes secret, a role of the machine)"
+            )
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **{name: str(value) for name, value in found.items()}}
+
+
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if public_text(argument) != argument:
+            raise SubmitError(
+                f"{public_text(argument)}: it has more, which looks like a secret, and a job's command is shown in the "
+                "dashboard and kept in logs; write it into the configuration file, or ${oc.env:NAME} in its place and "
+                "give NAME to the cluster's machines too"
+            )
 
 
 def _refuse_relative(output: str) -> None:
-    if storage.is_local(output) and "://" not in output and not Path(output).is_absolute():
+    if is_local(output) and "://" not in output and not Path(output).is_absolute():
         raise SubmitError(
             f"output {output} is a relative path: on the cluster it would lie in the job's temporary folder; "
             "give a URL, or an absolute path on storage that all nodes share"
         )
-
-
-@contextmanager
-def _asking() -> Iterator[None]:
-    """The client's errors (RuntimeError for an answer, OSError for none) as one line."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise SubmitError(
-            f"the Jobs server failed: {_first_line(error)}; the same command finds the job again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _below_here(config: str) -> str:
@@ -106,63 +120,6 @@ def _below_here(config: str) -> str:
     if "://" in config:
         return config
     try:
-        return Path(config).resolve().relative_to(Path.cwd()).as_posix()
+        return Path(config).resolve().relative_to(Path.cwd().resolve()).as_posix()
     except ValueError as error:
         raise SubmitError(f"{config} lies outside {Path.cwd()}, whose files are sent") from error
-
-
-def _is_running(client: JobSubmissionClient, name: str) -> bool:
-    with _asking():
-        return any(job.submission_id == name and not job.status.is_terminal() for job in client.list_jobs())
-
-
-def _submit(client: JobSubmissionClient, name: str, entrypoint: str) -> None:
-    with _asking():
-        if any(job.submission_id == name for job in client.list_jobs()):
-            client.delete_job(name)  # an earlier one that has ended; what it did lies in its output
-    runtime_env = {"working_dir": ".", "excludes": EXCLUDED}
-    deadline = time.monotonic() + AGENT_WAIT_S
-    while True:
-        try:
-            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
-            return
-        except (RuntimeError, ValueError) as error:
-            if NO_AGENT not in str(error) or time.monotonic() > deadline:
-                raise SubmitError(f"the cluster refused {name}: {error}") from error
-            time.sleep(1)
-
-
-def _follow(client: JobSubmissionClient, name: str, console: Console) -> int:
-    shown = 0
-    try:
-        while True:
-            shown = asyncio.run(_print_logs(client, name, shown))
-            with _asking():
-                info = client.get_job_info(name)
-            if info.status.is_terminal():
-                return _exit_code(info, console)
-            time.sleep(RECONNECT_S)  # the connection was closed before the job ended
-    except KeyboardInterrupt:
-        console.print(f"detached; {name} goes on. The same command follows it again.")
-        return 130
-
-
-async def _print_logs(client: JobSubmissionClient, name: str, shown: int) -> int:
-    """Print the log but for its first `shown` characters, until the connection ends, however it ends; how many
-    characters have been shown then. Each connection sends the log from its beginning."""
-    seen = 0
-    try:
-        async for lines in client.tail_job_logs(name):
-            sys.stdout.write(lines[max(0, shown - seen) :])
-            sys.stdout.flush()
-            seen += len(lines)
-    except (RuntimeError, OSError, aiohttp.ClientError) as error:
-        log.info("the log connection broke: %s", _first_line(error))
-    return max(shown, seen)
-
-
-def _exit_code(info: Any, console: Console) -> int:
-    if info.status == JobStatus.SUCCEEDED:
-        return 0
-    console.print(f"{info.submission_id}: {info.status.value}: {escape(str(info.message))}")
-    return int(info.driver_exit_code or 1)

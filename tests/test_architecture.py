@@ -37,15 +37,16 @@ DOORS = {
     "onnxruntime": {"jobs/export_onnx.py"},
     "tensorboardX": {"jobs/train_tensorboard.py"},
     "ray": {
-        "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/submit.py",
+        "jobs/cluster.py", "jobs/ray_actors.py", "jobs/decode_tasks.py", "jobs/pool_settings.py", "jobs/job_server.py",
         "jobs/train_ray.py", "jobs/train_callbacks.py", "jobs/stats_ray.py", "jobs/metrics.py",
     },
     "omegaconf": {"jobs/config.py"},
     "yaml": {"jobs/config.py"},
     "pydantic": {"jobs"},
-    "typer": {"jobs/cli.py", "jobs/cli_models.py", "jobs/cli_tokens.py"},
+    "typer": {"jobs/cli.py", "jobs/cli_jobs.py", "jobs/cli_models.py", "jobs/cli_tokens.py"},
     "rich": {"jobs"},
-    "aiohttp": {"pipeline/storage.py", "jobs/submit.py"},  # its timeouts; Ray's Jobs client raises its errors
+    "pathspec": {"jobs/job_package.py"},
+    "aiohttp": {"pipeline/storage.py", "jobs/job_log.py"},  # its timeouts; Ray's Jobs client raises its errors
     "duckdb": {"jobs/demo_queries.py"},
     "skimage": {"jobs/demo_images.py"},
     "deltalake": {"pipeline/delta_table.py"},

@@ -1,4 +1,4 @@
-"""The link between two nodes is cut in the middle of a run, in real (virtual) networks: for good, and for half a minute."""
+"""The link between two nodes is cut in the middle of a run, in (virtual) networks: for good, and for half a minute."""
 
 from __future__ import annotations
 

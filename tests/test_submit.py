@@ -1,139 +1,273 @@
-"""`dvae submit` on a real Ray Jobs server."""
+"""`dvae submit` and `dvae jobs`, up to where a cluster is needed: test_submit_cluster.py has one."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.job_submission import JobStatus
-from rich.console import Console
 
-from jobs import submit as submit_module
+from jobs import cluster_jobs, job_server, submit
+from jobs.cluster_jobs import run_list, run_logs, run_stop
 from jobs.config import ConfigError
-from jobs.local_servers import RayHead
-from jobs.submit import SubmitError, run_submit, submission_id
-from make_data import write_checkpoint, write_shards
+from jobs.job_server import JobServer, SubmitError
+from jobs.submit import run_submit, submission_id
+
+BASE = submission_id("tokenize", "s3://c")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head with a Jobs server; gives the environment with which clients find it (Ray reads it when imported)."""
-    head = RayHead(tmp_path_factory.mktemp("ray"), num_cpus=4)
-    head.start()
-    environment = {**os.environ, **head.environment}
-    environment.pop("RAY_ADDRESS", None)
-    yield environment
-    head.stop()
-
-
-def submit(environment: dict[str, str], folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.cli", "submit", "tokenize", "t.yaml", *overrides]
-    return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+def job(name: str | None, status: JobStatus = JobStatus.RUNNING, **changes: Any) -> Any:
+    values = {"entrypoint": "dvae tokenize t.yaml", "start_time": 1_700_000_000_000, "end_time": None, "message": ""}
+    return SimpleNamespace(
+        submission_id=name, status=status, driver_exit_code=None, metadata={"output": "s3://c"}, **{**values, **changes}
     )
 
 
-@pytest.mark.ray
-@pytest.mark.server
-def test_a_submitted_job_runs_on_the_cluster_and_its_logs_and_exit_code_come_back(
-    cluster: dict[str, str], tmp_path: Path
-) -> None:
-    write_shards(tmp_path / "shards", [4])
-    checkpoint = write_checkpoint(tmp_path / "checkpoint")
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "t.yaml").write_text(
-        f"checkpoint: {checkpoint}\nshards: {tmp_path}/shards\noutput: {tmp_path}/out\nray: {{num_actors: 1}}\n"
-    )
-    done = submit(cluster, tmp_path / "job", "batch_size=4")
-    assert done.returncode == 0, done.stderr
-    assert "1 of 1 shards · 4 images tokenised" in done.stdout
-    assert len(list((tmp_path / "out" / "tokens").iterdir())) == 1
+class Client:
+    """A Jobs server in a few lines: `sent` is what was submitted to it."""
 
-    refused = submit(cluster, tmp_path / "job", "batch_size=8")
-    assert refused.returncode == 2 and "numerics.batch_size" in refused.stdout
+    def __init__(self, *jobs: Any, taken: bool = False) -> None:
+        self.jobs, self.taken, self.sent, self.asked = list(jobs), taken, [], []
 
-    unknown = submit({**cluster, "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}, tmp_path / "job")
-    assert unknown.returncode == 2 and "token" in unknown.stderr
+    def list_jobs(self) -> list[Any]:
+        return self.jobs
+
+    def get_job_info(self, name: str) -> Any:
+        for each in self.jobs:
+            if each.submission_id == name:
+                return each
+        raise RuntimeError(f"Request failed with status code 404: Job {name} does not exist.")
+
+    def submit_job(self, **job: Any) -> None:
+        assert Path(job["runtime_env"]["working_dir"]).read_bytes()[:2] == b"PK"
+        if self.taken:
+            raise RuntimeError(
+                "Request failed with status code 400: Traceback (most recent call last):\n  File …\n"
+                f"ValueError: Job with submission_id {job['submission_id']} already exists. Please use a different …"
+            )
+        self.sent.append(job)
+
+    def stop_job(self, name: str) -> bool:
+        self.asked.append(name)
+        self.get_job_info(name).status = JobStatus.STOPPED
+        return True
+
+    def get_job_logs(self, name: str) -> str:
+        return "begun\n" + "stopped; go on with\n" * bool(self.asked)
 
 
-def test_what_is_wrong_is_said_before_anything_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: c\nbatchsize: 3\n")
-    with pytest.raises(ConfigError, match="did you mean batch_size"):
-        run_submit("tokenize", str(tmp_path / "t.yaml"), [], address="http://127.0.0.1:1", follow=True)
-    with pytest.raises(ConfigError, match="train, tokenize"):
-        run_submit("tokenise", str(tmp_path / "t.yaml"), [], address=None, follow=True)
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+Cluster = Callable[..., Client]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Connects all commands to such a server; the current folder has a `t.yaml`."""
     (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
-    with pytest.raises(SubmitError, match="--address"):
-        run_submit("tokenize", str(tmp_path / "t.yaml"), [], address=None, follow=True)
+    monkeypatch.chdir(tmp_path)
+
+    def connected(*jobs: Any, **options: Any) -> Client:
+        client = Client(*jobs, **options)
+        monkeypatch.setattr(JobServer, "connect", lambda address: JobServer(client))
+        return client
+
+    return connected
+
+
+def send(*overrides: str, kind: str = "tokenize", config: str = "t.yaml", names: tuple[str, ...] = ()) -> int:
+    return run_submit(kind, config, overrides, address="http://127.0.0.1:1", names=names, wait=False)
+
+
+def test_the_cluster_runs_the_line_that_a_person_types_with_time_to_stop_in(cluster: Cluster) -> None:
+    client = cluster()
+    assert send("batch_size=4", "shards=[a b.tar, c.tar]") == 0
+    (sent,) = client.sent
+    assert sent["entrypoint"] == "dvae tokenize t.yaml batch_size=4 'shards=[a b.tar, c.tar]'"
+    assert sent["submission_id"] == BASE and sent["metadata"] == {"output": "s3://c"}
+    assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "660"}
+
+
+def test_a_job_that_runs_is_not_sent_again_and_another_line_is_told(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = cluster(job(BASE, JobStatus.STOPPED), job(f"{BASE}-2"))
+    assert send() == 0 and client.sent == []
+    assert f"{BASE}-2 is running already" in capsys.readouterr().err
+    assert send("batch_size=4") == 0 and client.sent == []
+    said = capsys.readouterr().err
+    assert "it runs another line: dvae tokenize t.yaml\n" in said and f"dvae jobs stop {BASE}-2" in said
+
+
+def test_after_jobs_that_have_ended_the_next_number_is_taken_for_ray_takes_no_name_twice(cluster: Cluster) -> None:
+    ended = (BASE, f"{BASE}-9", f"{BASE}-10", f"{BASE}0", None)
+    client = cluster(*(job(name, JobStatus.FAILED) for name in ended))
+    assert send() == 0
+    assert [sent["submission_id"] for sent in client.sent] == [f"{BASE}-11"]
+
+
+def test_of_two_that_submit_at_once_the_second_follows_the_first(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster(taken=True)
+    assert send() == 0
+    assert f"{BASE} was submitted at this moment by another" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said_before_anything_is_sent(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = cluster()
+    with pytest.raises(ConfigError, match="did you mean batch_size"):
+        send("batchsize=3")
+    with pytest.raises(ConfigError, match="train, tokenize"):
+        send(kind="tokenise")
+    with pytest.raises(SubmitError, match="lies outside"):
+        (Path.cwd() / "sub").mkdir()
+        monkeypatch.chdir("sub")
+        send(config="../t.yaml")
+    assert client.sent == []
 
 
 @pytest.mark.parametrize("output", ["runs/tokens", "./c", "../c"])
-def test_an_output_in_the_jobs_own_folder_is_refused_before_anything_is_sent(tmp_path: Path, output: str) -> None:
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+def test_an_output_in_the_jobs_own_folder_is_refused_before_anything_is_sent(cluster: Cluster, output: str) -> None:
+    cluster()
     with pytest.raises(SubmitError, match="give a URL, or an absolute path on storage that all nodes share"):
-        run_submit("tokenize", str(tmp_path / "t.yaml"), [f"output={output}"], address=None, follow=True)
+        send(f"output={output}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["shards=https://me:s3cret@host/x.tar", "shards=https://host/x.tar?sig=s3cret", "output=s3://me:s3cret@bucket/c"],
+)
+def test_a_secret_on_the_line_is_refused_and_not_repeated_for_the_dashboard_shows_it(
+    cluster: Cluster, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = cluster()
+    with pytest.raises(SubmitError, match="looks like a secret") as refused:
+        send(override)
+    assert "s3cret" not in str(refused.value)
+    name, _, value = override.partition("=")
+    monkeypatch.setenv("PLACE", value)
+    assert send(f"{name}=${{oc.env:PLACE}}") == 0
+    assert "s3cret" not in json.dumps(client.sent)
+
+
+def test_variables_go_by_name_and_secrets_do_not(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = cluster()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    assert send(names=("AWS_ENDPOINT_URL",)) == 0
+    assert client.sent[0]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    for name in ("AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY", "STORE"):
+        monkeypatch.setenv(name, "http://me:s3cret@minio:9000")
+        with pytest.raises(SubmitError, match=f"--env {name}: .* looks like a secret") as refused:
+            send(names=(name,))
+        assert "s3cret" not in str(refused.value)
+    with pytest.raises(SubmitError, match="no such variable here"):
+        send(names=("NOT_SET",))
+
+
+def test_no_address_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SubmitError, match="--address"):
+        JobServer.connect(None)
+
+
+def test_the_address_that_was_given_is_asked_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray by itself would take the variable."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(SubmitError, match=r"no Ray Jobs server answers at http://127\.0\.0\.1:2"):
+        JobServer.connect("http://127.0.0.1:2")
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:1"
+
+
+def test_a_head_that_cannot_run_jobs_yet_is_asked_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = cluster()
+    monkeypatch.setattr(job_server.time, "sleep", lambda seconds: None)
+    refusals = ["Request failed with status code 500: No available agent to submit job, please try again later.."] * 2
+
+    def submit_job(**job: Any) -> None:
+        if refusals:
+            raise RuntimeError(refusals.pop())
+        client.sent.append(job)
+
+    monkeypatch.setattr(client, "submit_job", submit_job)
+    assert send() == 0 and len(client.sent) == 1
+
+
+def test_errors_of_the_jobs_server_are_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> list[Any]:
+        raise RuntimeError(
+            "Request failed with status code 500: Traceback (most …):\n  File …\nOSError: disk is full\n"
+        )
+
+    monkeypatch.setattr(cluster(), "list_jobs", refuse)
+    with pytest.raises(SubmitError, match=r"^the Jobs server failed: .* 500: OSError: disk is full$"):
+        send()
 
 
 def test_a_misspelt_option_is_named_and_taken_for_no_override(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
-    done = submit(dict(os.environ), tmp_path, "batch_size=4", "--adress", "http://head")
+    command = [sys.executable, "-m", "jobs.cli", "submit", "tokenize", "t.yaml", "batch_size=4", "--adress", "http://h"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--adress" in done.stderr and "override" not in done.stderr
 
 
-class FlakyClient:
-    """A Jobs server whose log connection breaks before the job ends, in each of the ways that Ray's can."""
-
-    chunks = ("one\n", "two\n", "three\n")  # a log is sent from its beginning at each connection
-    breaks = (RuntimeError("WebSocket connection closed unexpectedly"), None, ConnectionResetError("gone"), None)
-
-    def __init__(self) -> None:
-        self.connections = 0
-
-    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
-        broken = self.breaks[self.connections]
-        self.connections += 1
-        for chunk in self.chunks[: self.connections]:
-            yield chunk
-        if broken is not None:
-            raise broken
-
-    def get_job_info(self, name: str) -> Any:
-        ended = self.connections == len(self.breaks)
-        status = JobStatus.FAILED if ended else JobStatus.RUNNING
-        return SimpleNamespace(status=status, submission_id=name, message="", driver_exit_code=3)
+def test_jobs_are_listed_as_a_table_and_as_json(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = job("rayjob-x", JobStatus.FAILED, end_time=1_700_000_060_000, entrypoint="dvae train https://a:s3cret@h/c")
+    ended.metadata = None
+    cluster(job(None), job("later", start_time=1_800_000_000_000), ended)
+    assert run_list(None, as_json=False) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["job", "state", "started"]
+    assert first.startswith("rayjob-x  FAILED") and "60 s" in first and "https://h/c" in first
+    assert second.startswith("later ") and "s3://c" in second
+    assert run_list(None, as_json=True) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["job"] for row in listed] == ["rayjob-x", "later"] and listed[0]["seconds"] == 60.0
+    cluster()
+    assert run_list(None, as_json=False) == 0 and "no job" in capsys.readouterr().out
 
 
-def test_a_broken_log_connection_is_taken_up_again_until_the_job_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_job_that_was_stopped_has_said_goodbye(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    client = cluster(job(BASE))
+    assert run_stop(BASE, None) == 0
+    said = capsys.readouterr()
+    assert client.asked == [BASE] and said.out == "stopped; go on with\n", "only what is new of its log"
+    assert f"{BASE}: STOPPED" in said.err
+    assert run_stop(BASE, None) == 0 and client.asked == [BASE]
+    assert "ended already: STOPPED" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_job_stops_leaves_it_to_itself(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit_module, "RECONNECT_S", 0.0)
-    client = FlakyClient()
-    assert submit_module._follow(client, "dvae-x", Console(stderr=True)) == 3
-    assert client.connections == 4
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster(job(BASE)), "stop_job", lambda name: True)
+    monkeypatch.setattr(cluster_jobs.time, "sleep", interrupt)
+    assert run_stop(BASE, None) == 130
+    assert "goes on stopping by itself" in capsys.readouterr().err
 
 
-def test_errors_of_the_jobs_server_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Refusing:
-        def list_jobs(self) -> list[Any]:
-            raise RuntimeError("Request failed with status code 500: head is away.\nTraceback")
+def test_the_logs_of_a_job_and_a_job_that_is_not_there(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster(job(BASE))
+    assert run_logs(BASE, None, to_the_end=False) == 0
+    assert capsys.readouterr().out == "begun\n"
+    for ask in (lambda name: run_logs(name, None, to_the_end=True), lambda name: run_stop(name, None)):
+        with pytest.raises(SubmitError, match=f"knows no job {BASE[:-1]}; did you mean {BASE}"):
+            ask(BASE[:-1])
+        with pytest.raises(SubmitError, match="dvae jobs list names them"):
+            ask("x")
 
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submit_module, "JobSubmissionClient", lambda address: Refusing())
-    with pytest.raises(SubmitError, match=r"the Jobs server failed: .* 500: head is away\.; [^\n]*$"):
-        run_submit("tokenize", "t.yaml", [], address="http://head", follow=True)
 
-
-def test_the_submission_id_follows_from_the_output() -> None:
-    assert submission_id("train", "s3://a/b") == submission_id("train", "s3://a/b")
-    assert len({submission_id(kind, url) for kind in ("train", "tokenize") for url in ("s3://a", "s3://b")}) == 4
+def test_the_submission_id_follows_from_the_output_without_its_secrets() -> None:
+    assert submission_id("train", "s3://a/b") == submission_id("train", "s3://a/b/") != submission_id("train", "s3://a")
+    assert submission_id("train", "s3://me:pw@a/b") == submission_id("train", "s3://a/b")
+    assert len({submission_id(kind, url) for kind in submit.KINDS for url in ("s3://a", "s3://b")}) == 4
     assert os.sep not in submission_id("train", "s3://a/b")

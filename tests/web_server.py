@@ -15,11 +15,12 @@ TAR = tar_bytes(sample_members(0, 12))
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """`ranges` and `length`: whether the server knows them."""
+    """`ranges` and `length`: whether the server knows them. `gate`: bodies are held back until it is open."""
 
     protocol_version = "HTTP/1.1"
     ranges = length = True
     truncate: int | None = None
+    gate: threading.Event | None = None
     cut_once: ClassVar[list[str]] = []  # ranges of which only some bytes are sent, the first time
     requests: ClassVar[list[str]] = []
 
@@ -27,6 +28,8 @@ class Web(http.server.BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def do_GET(self) -> None:
+        if self.gate is not None:
+            self.gate.wait()
         self._answer(with_body=True)
 
     def _answer(self, *, with_body: bool) -> None:

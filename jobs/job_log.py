@@ -1,0 +1,168 @@
+"""A submitted job's log, followed to its end: lines as they come, and where a person looks, progress in one line that
+stays below them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from jobs.command_line import printable, say
+from jobs.job_server import STOPPED, SUCCEEDED, JobServer, ServerAway, SubmitError, in_one_line
+from jobs.progress import PROGRESS_LINE
+from pipeline.urls import public_text
+
+log = logging.getLogger(__name__)
+INTERRUPTED = 130
+NO_SUCH_COMMAND = 127  # the shell's
+RECONNECT_S = 2.0
+SILENCE_S = 120.0  # then the connection is made anew: it may be dead
+AWAY_S = 60.0  # a port-forward is soon there again, a head takes its time
+
+
+class FollowLost(SubmitError):
+    """What became of the job is not known."""
+
+    exit_code = 1
+
+
+def follow(server: JobServer, name: str, view: LogView) -> int:
+    """Show the log until the job ends; the job's exit code, or 130 where it was stopped, or where Ctrl-C left it to
+    itself. Raises FollowLost."""
+    try:
+        with view:
+            job = _Follower(server, name, view).until_the_end()
+    except KeyboardInterrupt:
+        say(
+            f"detached; {name} goes on. To follow it again: the same command, or dvae jobs logs {name} --follow; "
+            f"to stop it: dvae jobs stop {name}"
+        )
+        return INTERRUPTED
+    return exit_code(job)
+
+
+def exit_code(job: Any) -> int:
+    """Of a job that has ended, having said how where that was not well."""
+    if job.status == SUCCEEDED:
+        return 0
+    if job.status == STOPPED:
+        say(f"{job.submission_id} was stopped; submitted again, it goes on from what is done")
+        return INTERRUPTED
+    code, message = job.driver_exit_code, str(job.message or "").strip()
+    # Where the command has run, the rest of the message is the end of the log, which is shown already.
+    say(f"{job.submission_id}: {job.status.value}: {message if code is None else in_one_line(RuntimeError(message))}")
+    if code == NO_SUCH_COMMAND:
+        say("the cluster has no `dvae`: its image, or its machines, need this project installed")
+    return code if code is not None and 0 < code < 256 else 1
+
+
+class LogView:
+    """Takes a log in pieces. `console`: where it is shown, in colours of its own and with one line of progress if it
+    is a terminal; else line by line, as it is."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._rest = ""
+        self._live: Live | None = None
+
+    def __enter__(self) -> LogView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The newest progress is left where it is."""
+        if self._rest:
+            self._line(self._rest)
+            self._rest = ""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def write(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(line)
+
+    def note(self, text: str) -> None:
+        """A word of ours between the lines."""
+        if self._console.is_terminal:
+            self._console.print(Text(printable(public_text(text))))
+        else:
+            say(text)
+
+    def _line(self, line: str) -> None:
+        shown = printable(public_text(line.rstrip("\r")))
+        if not self._console.is_terminal:
+            sys.stdout.write(shown + "\n")
+            sys.stdout.flush()
+        elif PROGRESS_LINE.fullmatch(shown):
+            self._progress(Text(shown, style="bold", no_wrap=True, overflow="ellipsis"))
+        else:
+            self._console.print(Text(shown))
+
+    def _progress(self, text: Text) -> None:
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._live.update(text, refresh=True)
+
+
+class _Follower:
+    def __init__(self, server: JobServer, name: str, view: LogView) -> None:
+        self._server, self._name, self._view = server, name, view
+        self._shown = 0  # characters: each connection sends the log from its beginning
+
+    def until_the_end(self) -> Any:
+        """The job, which has ended. What was still in a connection that broke just before is fetched once more."""
+        had_ended = False
+        while True:
+            whole = asyncio.run(self._take())
+            job = self._ask()
+            if job.status.is_terminal() and (whole or had_ended):
+                return job
+            had_ended = job.status.is_terminal()
+            time.sleep(RECONNECT_S)
+
+    async def _take(self) -> bool:
+        """Show what is new until the connection ends; whether it ended as it should."""
+        seen, chunks = 0, self._server.tail(self._name)
+        try:
+            while True:
+                chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
+                self._view.write(chunk[max(0, self._shown - seen) :])
+                seen += len(chunk)
+                self._shown = max(self._shown, seen)
+        except StopAsyncIteration:
+            return True
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:  # also of a timeout
+            log.debug("the log connection broke: %s", in_one_line(error))
+            return False
+
+    def _ask(self) -> Any:
+        give_up_at, told = time.monotonic() + AWAY_S, False
+        while True:
+            try:
+                job = self._server.job(self._name)
+                break
+            except ServerAway as error:
+                if time.monotonic() > give_up_at:
+                    raise FollowLost(f"{error}; {self._name} may go on: the same command finds it again") from error
+                if not told:
+                    self._view.note(f"{error}; asking again for {AWAY_S:.0f} s")
+                told = True
+            time.sleep(RECONNECT_S)
+        if job is None:
+            raise FollowLost(
+                f"the cluster knows nothing of {self._name} any more, as one whose head was started anew; "
+                "submitted again, it goes on from what is done"
+            )
+        return job
