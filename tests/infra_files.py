@@ -70,8 +70,8 @@ def documented_lines(path: Path) -> Iterator[str]:
 
 
 def dvae_words(line: str) -> list[str] | None:
-    """The arguments of `dvae` in a line, None where it is not called there."""
-    if "dvae " not in line:
-        return None
+    """The arguments of `dvae` where a line calls it, by itself or by Slurm's script; else None."""
     words = shlex.split(line, comments=True)
-    return words[words.index("dvae") + 1 :] if "dvae" in words else None
+    if words[:2] == ["exec", "infra/slurm/on_ray.sh"]:
+        words = words[2:]
+    return words[1:] if words[:1] == ["dvae"] else None
