@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
 OVERLAYS = sorted(path.parent for path in INFRA.glob("kubernetes/overlays/*/kustomization.yaml"))
 TEXTS = sorted(path for path in INFRA.rglob("*") if path.is_file() and path.suffix != ".txt")
+CLOUDS = sorted(INFRA.glob("cloud/*.yaml"))
+SBATCH = sorted(INFRA.glob("slurm/*.sbatch"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -1,5 +1,5 @@
-"""infra/slurm/on_ray.sh, by itself: what the job's shell does with signals and exit codes. Slurm and Ray are programs of
-a few lines here; `srun` and `ray symmetric-run` run what they are given."""
+"""infra/slurm/on_ray.sh, by itself: what the job's shell does with signals and exit codes. Slurm and Ray are programs
+of a few lines here; `srun` and `ray symmetric-run` run what they are given."""
 
 from __future__ import annotations
 
