@@ -194,6 +194,43 @@ def test_the_autoscaler_takes_spot_first_and_the_same_on_demand_where_there_is_n
     assert types["gpu-spot"]["resources"]["GPU"] == 1 and "GPU" not in types["decode-spot"]["resources"]
 
 
+def launched(overlay: Path, resources: dict[str, float], labels: dict[str, str], *without: str) -> dict[str, int]:
+    """The machines that Ray's autoscaler brings, of each group, for ten that ask for so much, where none of the groups
+    `without` was to be had a moment ago."""
+    from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.common_pb2 import LabelSelectorOperator
+
+    types = {
+        name: NodeTypeConfig(
+            name=name, min_worker_nodes=one["min_workers"], max_worker_nodes=one["max_workers"],
+            priority=one.get("priority", 0), resources=one["resources"], labels=one["labels"],
+        )
+        for name, one in node_types(overlay).items()
+    }  # fmt: skip
+    is_in = LabelSelectorOperator.Value("LABEL_OPERATOR_IN")
+    selectors = [[(key, is_in, [value]) for key, value in labels.items()]] if labels else None
+    asked = [ResourceRequestUtil.make(resources, label_selectors=selectors)] * 10
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=types,
+        max_num_nodes=100,
+        resource_requests=ResourceRequestUtil.group_by_count(asked),
+        recoverable_resource_availabilities=dict.fromkeys(without, 0.0),
+    )
+    return {one.instance_type: one.count for one in ResourceDemandScheduler().schedule(request).to_launch}
+
+
+@each_overlay
+def test_what_jobs_wait_for_brings_the_machines_meant_for_it(overlay: Path) -> None:
+    actor, decode, pool = {"GPU": 1.0, "CPU": 1.0}, {"CPU": 3.0}, {"pool": "cpu"}
+    assert launched(overlay, actor, {}) == {"gpu-spot": 8, "gpu-on-demand": 2}
+    assert launched(overlay, actor, {}, "gpu-spot") == {"gpu-on-demand": 8, "gpu-spot": 2}
+    assert launched(overlay, decode, pool) == {"decode-spot": 2}
+    assert launched(overlay, decode, pool, "decode-spot") == {"decode-on-demand": 2}
+
+
 def settings_of(overlay: Path) -> Iterator[TokenizeConfig | TrainConfig]:
     for entry in entry_points(overlay):
         kind, config, *overrides = dvae_words(entry) or []
