@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -124,10 +126,14 @@ class RayHead(_Server):
         self.dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
         self.address = f"127.0.0.1:{ports['port']}"  # of the cluster itself, for drivers that join it
         self._token = secrets.token_hex(16)
+        # Of its own: Ray tells its jobs where their cluster is by a file there, and other Rays of the machine write it
+        # too. Not below `folder`: a socket's path has at most 107 characters.
+        self.sessions = Path(tempfile.mkdtemp(prefix="dvae-ray-", dir="/tmp"))
         scripts = Path(sys.executable).parent
         command = [str(scripts / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}",
                    "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--object-store-memory=200000000",
-                   "--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())]  # fmt: skip
+                   "--disable-usage-stats", f"--temp-dir={self.sessions}",
+                   *(f"--{name}={port}" for name, port in ports.items())]  # fmt: skip
         environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
@@ -138,6 +144,10 @@ class RayHead(_Server):
 
     def is_ready(self) -> bool:
         return _answers(f"{self.dashboard}/api/version", {"Authorization": f"Bearer {self._token}"})
+
+    def stop(self) -> None:
+        super().stop()
+        shutil.rmtree(self.sessions, ignore_errors=True)  # Ray's own logs
 
 
 def _answers(url: str, headers: Mapping[str, str] | None = None) -> bool:

@@ -159,9 +159,9 @@ def nowhere(head: RayHead, output: str, *names: str) -> None:
         path: ask(head, path, token)
         for path in ("/nodes?view=details", "/nodes?view=summary", "/logical/actors", "/events")
     }
-    driver_logs = Path("/tmp/ray").glob(f"session_2*/logs/job-driver-{submission_id('tokenize', output)}.log")
-    log_folder = max(driver_logs, key=lambda path: path.stat().st_mtime).parent
-    places |= {str(path): path.read_bytes() for path in log_folder.rglob("*") if path.is_file()}
+    logs = [path for path in (head.sessions / "session_latest" / "logs").rglob("*") if path.is_file()]
+    assert any(path.name.startswith(f"job-driver-{submission_id('tokenize', output)}") for path in logs)
+    places |= {str(path): path.read_bytes() for path in logs}
     places |= {info.url: readable(info.url) for info in storage.list_files(output)}
     assert all(b"dvae tokenize t.yaml" in places[path] for path in ("jobs/", "v0/jobs?detail=1"))
     for name in ("run.json", "plan.json", *names):
