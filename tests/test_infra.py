@@ -255,9 +255,9 @@ def test_the_jobs_fit_into_the_machines_of_their_manifest(overlay: Path) -> None
         assert num_actors * place.shards_in_flight * place.tasks.cpus <= sum(n.cpus for n in nodes if not n.has_gpu)
 
 
-SECRETS = re.compile(
+SECRETS = re.compile(  # a value that begins with / is the path of one
     r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|eyJ[\w-]{20,}|AIza[\w-]{30,}|://[^/\s:@]+:[^/\s@]+@"
-    r"|(?i:secret|password|token|api.?key)\w*[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9/+_-]{20,}"
+    r"|(?i:secret|password|token|api.?key)\w*[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9+_-][A-Za-z0-9/+_-]{19,}"
 )
 
 
