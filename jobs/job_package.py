@@ -21,8 +21,9 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 JUNK = (".git/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.py[co]", "*.egg-info/", ".mypy_cache/",
         ".ruff_cache/", ".pytest_cache/", "demo-output/", "demo-cluster/", "*.tar", "*.tar.gz", "*.tgz",
         "*.parquet")  # fmt: skip
-KEYS = (".env", ".env.*", ".netrc", ".aws/", ".ssh/", ".kube/", ".config/gcloud/", "*.pem", "*.key", "id_rsa*",
-        "id_ed25519*", "*credentials*", "*service-account*.json")  # fmt: skip
+KEYS = (".env", ".env.*", "*.env", ".netrc", ".aws/", ".azure/", ".docker/", ".ray/", ".ssh/", ".kube/", "kubeconfig*",
+        ".config/gcloud/", ".boto", ".s3cfg", ".pypirc", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*",
+        "*credentials*", "*service-account*.json")  # fmt: skip
 _SAME_DATE = (1980, 1, 1, 0, 0, 0)  # the same files are the same archive, which Ray then has already
 
 

@@ -51,6 +51,8 @@ class JobServer:
         found = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS")
         if not found:
             raise SubmitError(f"no cluster named: give --address http://HEAD:8265, or set {ADDRESS}")
+        if not found.startswith(("http://", "https://")):
+            raise SubmitError(f"{found} is no address of a Jobs server: give the dashboard's, http://HEAD:8265")
         try:
             with _asking(found), _preferred(found):
                 return cls(_Client(found))

@@ -21,7 +21,11 @@ from pipeline.urls import is_local, normalize, public_text, public_url
 
 KINDS: dict[str, type[Section]] = {"train": TrainConfig, "tokenize": TokenizeConfig}
 STOP_WAIT_S = 660  # between SIGTERM and SIGKILL; Ray's own 3 s are not enough for a training's last checkpoint
-_SECRET_NAME = re.compile("secret|token|passw|credential|private|signature|(^|_)key", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    "secret|token|passw|passphrase|pwd|credential|private|signature|connection_?string|auth|api_?key|(^|_)key",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(r"(key|secret|token|sig|password)\W*[=:]|bearer ", re.IGNORECASE)
 
 
 def run_submit(
@@ -89,7 +93,7 @@ def _environment(names: Sequence[str]) -> dict[str, str]:
     for name, value in found.items():
         if value is None:
             raise SubmitError(f"--env {name}: there is no such variable here")
-        if _SECRET_NAME.search(name) or public_text(value) != value:
+        if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value) or public_text(value) != value:
             raise SubmitError(
                 f"--env {name}: a job's environment is shown in the dashboard and kept in logs, and this looks like a "
                 "secret; give it to the cluster's machines instead (a Kubernetes secret, a role of the machine)"

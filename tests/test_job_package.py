@@ -29,6 +29,7 @@ def test_junk_data_and_keys_stay_here(tmp_path: Path) -> None:
         tmp_path, ".git/config", ".venv/lib/x.py", "src/__pycache__/a.pyc", "x.egg-info/PKG", "data/a.tar", "p.parquet"
     )
     write(tmp_path, ".env", ".env.prod", "src/.netrc", ".aws/config", "key.pem", ".ssh/id_rsa", "aws-credentials.csv")
+    write(tmp_path, "storage.env", ".ray/auth_token", ".azure/tokens.json", "kubeconfig.yaml", "x/store.p12", ".s3cfg")
     assert own_files(tmp_path) == {"t.yaml", "src/a.py", "src/deep/b.json", "run.sh"}
 
 

@@ -137,9 +137,13 @@ def test_a_real_run_exports_all_that_is_asked_for_and_its_figures_are_those_of_i
     run = run_label(str(output))
     tokens, errors = (ds.dataset(output / name).to_table() for name in ("tokens", "errors"))
 
+    states = {"done": 4, "quarantined": 1}
+
     def has_all(found: Scrape) -> bool:
+        """The driver is this process, and an actor another: each exports when its time has come."""
         decoded = found.value("ray_dvae_tokenize_decoded_images_total", run=run) or 0
-        return decoded >= len(tokens) and not missing(found, "tokenize", run)
+        ended = found.values("ray_dvae_tokenize_ended_shards_total", by="state", run=run)
+        return decoded >= len(tokens) and ended == states and not missing(found, "tokenize", run)
 
     found = scraped(has_all)
     assert not missing(found, "tokenize", run)
@@ -147,8 +151,6 @@ def test_a_real_run_exports_all_that_is_asked_for_and_its_figures_are_those_of_i
     assert found.value("ray_dvae_tokenize_images_total", run=run) == len(tokens)
     failed = Counter(row["reason"] for row in errors.to_pylist() if row["stage"] != "shard")
     assert found.values("ray_dvae_tokenize_failed_images_total", by="reason", run=run) == failed == {"not_an_image": 4}
-    states = {"done": 4, "quarantined": 1}
-    assert found.values("ray_dvae_tokenize_ended_shards_total", by="state", run=run) == states
     shards = found.values("ray_dvae_tokenize_shards", by="state", run=run)
     assert shards == {**states, "waiting": 0, "in_flight": 0}
     attempts = found.values("ray_dvae_tokenize_failed_attempts_total", by="reason", run=run)

@@ -37,8 +37,22 @@ def start(job: Path, *command: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([str(SCRIPT), *command], cwd=job, env=environment)
 
 
+def wait_for_work(job: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not any(call.startswith("works") for call in calls(job)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def calls(job: Path) -> list[str]:
     return (job / "calls").read_text().splitlines() if (job / "calls").exists() else []
+
+
+def test_a_command_that_ends_well_when_it_is_told_to_stop_is_not_tried_again(job: Path) -> None:
+    running = start(job, "bash", "-c", WORKS.replace("exit 130", "exit 0"))
+    wait_for_work(job)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 0
+    assert [call for call in calls(job) if call.startswith("scontrol")] == []
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
@@ -49,9 +63,7 @@ def test_the_exit_code_is_the_commands_and_a_failed_one_is_not_tried_for_ever(jo
 
 def test_a_signal_stops_the_command_alone_and_puts_the_job_back_into_the_queue(job: Path) -> None:
     running = start(job, "bash", "-c", WORKS)
-    deadline = time.monotonic() + 60
-    while not any(call.startswith("works") for call in calls(job)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_work(job)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 130
     started, *rest = calls(job)

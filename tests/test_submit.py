@@ -166,8 +166,22 @@ def test_variables_go_by_name_and_secrets_do_not(cluster: Cluster, monkeypatch: 
         with pytest.raises(SubmitError, match=f"--env {name}: .* looks like a secret") as refused:
             send(names=(name,))
         assert "s3cret" not in str(refused.value)
+    for name, value in (
+        ("AZURE_STORAGE_CONNECTION_STRING", "x"),
+        ("HEADERS", "Bearer s3cret"),
+        ("S3", '{"key": "s3cret"}'),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(SubmitError, match=f"--env {name}: .* looks like a secret"):
+            send(names=(name,))
     with pytest.raises(SubmitError, match="no such variable here"):
         send(names=("NOT_SET",))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://head:10001", "head"])
+def test_an_address_that_is_no_dashboards_is_refused_at_once(address: str) -> None:
+    with pytest.raises(SubmitError, match=f"{address} is no address of a Jobs server: .* http://HEAD:8265"):
+        JobServer.connect(address)
 
 
 def test_no_address_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,12 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     bash -c 'echo $$ > "$0" && exec env RAY_ADDRESS="$@"' "$driver" "$address" "$@" &
 steps=$!
 
-# A trap interrupts `wait`, which is then to be taken up again.
+# A trap interrupts `wait`, which is then to be taken up again; once the step has ended, it gives its exit code.
 while kill -0 "$steps" 2> /dev/null; do
     wait "$steps"
-    code=$?
 done
+wait "$steps"
+code=$?
 rm --force "$driver"
 
 if [[ -n $stopping && $code -ne 0 ]]; then
