@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -103,6 +104,8 @@ def drive(folder: Path, name: str) -> int:
 
 
 def main(folder: Path, cut_s: float, name: str) -> None:
+    # A token may lie in this user's home, which some of Ray's processes would find and others not.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     parts, opened = folder / name / "tokens", folder / f"{name}.log"
     command = [sys.executable, __file__, "--drive", str(folder), name]
     with Networks(f"dvae-{os.getpid()}") as networks, (folder / f"{name}.said").open("w+b") as said:
