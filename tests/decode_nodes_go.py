@@ -2,7 +2,7 @@
 the tests of the same process know nothing of: `python decode_nodes_go.py FOLDER rates|change|drain`, with checkpoint/
 and shards/ in FOLDER. Prints one line of JSON.
 
-rates: runs with one node that decodes and with two. change: one, later another, which is then killed. drain: two,
+rates: two runs, with one node that decodes and with two. change: one, later another, which is then killed. drain: two,
 of which one is told that it will go. Simulated: the GPU, which takes 1 ms an image, and what decoding costs:
 IMAGE_S asleep for each (slow_decode.py), two images at once on a node, since two real cores could not show the gain of
 two nodes. All else is real.
@@ -96,10 +96,9 @@ def rates(cluster: Cluster, folder: Path, decoding: Decoding) -> dict[str, Any]:
     for number in (1, 2):
         cluster.add_node(**DECODES)
         cluster.wait_for_nodes()
-        for name in (f"warm-{number}", f"rates-{number}"):  # the first starts the processes that decode
-            decoding.begin()
-            (run := Run(folder, name, cluster.address)).start()
-            run.join()
+        decoding.begin()
+        (run := Run(folder, f"rates-{number}", cluster.address)).start()
+        run.join()
         found[str(number)] = {"code": run.code, "images_a_second": decoding.a_second(), "nodes": decoding.by_node()}
     return found
 
