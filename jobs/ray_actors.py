@@ -21,6 +21,10 @@ from pipeline.stage_times import StageTimes
 from pipeline.tokenize_shard import TokenizeJob
 
 WATCH_S = 30.0
+# To look at all calls takes a microsecond for each. Thousands are open where actors have more than one shard anyway, so
+# that none is idle for the pause; of a few calls, none is kept waiting.
+MANY_CALLS = 500
+PAUSE_A_CALL_S = 1e-5
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class RayActors:
             return []
         done, open_calls = ray.wait(list(calls), timeout=timeout_s)
         if done and open_calls:  # each wait looks at all of them: rather one more than one for each that is done
+            if len(open_calls) >= MANY_CALLS:  # and rather a moment later, with more that are done
+                time.sleep(PAUSE_A_CALL_S * len(open_calls))
             done += ray.wait(open_calls, num_returns=len(open_calls), timeout=0)[0]
         return list(done)
 

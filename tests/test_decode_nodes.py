@@ -27,14 +27,18 @@ from pipeline.tokenize_shard import TokenizeWorker
 pytestmark = pytest.mark.ray
 TESTS = Path(__file__).parent
 NUM_SHARDS, IMAGES = 20, 40
+MANY = 60  # shards, for a rate: the processes that decode take seconds to start
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs, and in calm/ the parts of a run without Ray."""
-    folder = tmp_path_factory.mktemp("decode")
+    return inputs(tmp_path_factory.mktemp("decode"), NUM_SHARDS)
+
+
+def inputs(folder: Path, num_shards: int) -> Path:
+    """And in calm/ the parts of a run without Ray."""
     checkpoint = write_checkpoint(folder / "checkpoint")
-    write_shards(folder / "shards", [IMAGES] * NUM_SHARDS)
+    write_shards(folder / "shards", [IMAGES] * num_shards)
     values = {"checkpoint": str(checkpoint), "shards": "x", "output": str(folder / "calm"), "batch_size": BATCH}
     worker = TokenizeWorker(
         FakeSource(read_head(str(checkpoint))).load(), TokenizeRun.of(check(TokenizeConfig, values, "test")).job(1)
@@ -56,10 +60,10 @@ def run(folder: Path, what: str) -> dict[str, Any]:
     return {**json.loads(report), "said": ended.stderr}
 
 
-def assert_whole(output: Path) -> None:
+def assert_whole(output: Path, num_shards: int = NUM_SHARDS) -> None:
     """Every shard at the first attempt, and the very bytes of a run without Ray."""
     rows = Ledger(OutputPrefix(str(output))).read().values()
-    assert len(rows) == NUM_SHARDS and {row.attempts for row in rows} == {1}
+    assert len(rows) == num_shards and {row.attempts for row in rows} == {1}
     assert folder_bytes(output / "tokens") == folder_bytes(output.parent / "calm" / "tokens")
 
 
@@ -77,12 +81,13 @@ def test_a_decode_node_that_joins_in_mid_run_is_used_and_one_that_dies_is_surviv
 
 
 @pytest.mark.slow
-def test_two_decode_nodes_feed_the_model_almost_twice_as_fast_as_one(folder: Path) -> None:
+def test_two_decode_nodes_feed_the_model_almost_twice_as_fast_as_one(tmp_path: Path) -> None:
+    folder = inputs(tmp_path, MANY)
     report = run(folder, "rates")
     one, two = report["1"], report["2"]
     assert (one["code"], two["code"]) == (0, 0), report["said"]
     for name in ("rates-1", "rates-2"):
-        assert_whole(folder / name)
+        assert_whole(folder / name, MANY)
     assert len(one["nodes"]) == 1 and len(two["nodes"]) == 2
     assert two["images_a_second"] <= 2 * TASKS_A_NODE / IMAGE_S < 1 / GPU_S, "the nodes were to set the pace"
     assert two["images_a_second"] > 1.5 * one["images_a_second"]

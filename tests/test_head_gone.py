@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -51,12 +52,13 @@ def test_the_driver_says_so_before_ray_ends_it_and_the_same_command_finishes_on_
         assert "head has not answered for" in said and f"dvae tokenize {config}" in said
         assert not (output / "lease.json").exists() and not list(output.rglob("*.tmp"))
         done = len(list((output / "tokens").glob("*.parquet")))
-        assert f"{done:,} shards are done, {NUM_SHARDS - done:,} are left" in said
+        heard = re.search(r"(\d+) shards are done, (\d+) are left", said)
+        assert heard and int(heard[1]) <= done and int(heard[1]) + int(heard[2]) == NUM_SHARDS  # it may not hear of all
 
         head.start()
         again = driver(config, head)
         said, _ = again.communicate(timeout=120)
-        assert again.returncode == 0 and f"{done} done, {NUM_SHARDS - done} new" in said, said
+        assert again.returncode == 0 and f": {done} done" in said and f", {NUM_SHARDS - done} new" in said, said
     finally:
         head.stop()
     assert run_verify(str(output), as_json=True) == 0
