@@ -125,8 +125,7 @@ class ActorPool:
 
     def _ask_head(self) -> None:
         """One question first, which has a time limit: all others wait for a head that is gone until Ray ends us."""
-        draining = self._actors.draining_nodes()
-        self._head.note(draining is not None)
+        draining = self._head.ask(self._actors.draining_nodes)
         if draining is None:
             return
         self._slots.leave(draining)

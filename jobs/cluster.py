@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own, where only small results pass through it
-GCS_TIMEOUT_S = 5.0
+GCS_TIMEOUT_S = 1.0  # meanwhile the driver hears nobody and hands nothing out
 _SHARED_MEMORY = Path("/dev/shm")
 _ADVICE = "Some common causes include:"
 
