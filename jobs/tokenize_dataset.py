@@ -142,8 +142,7 @@ class Session:
                     row = self._record(outcome)
                     metrics.ended(row)
                     progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
-                    text = self._speed(started, rows_before, in_short(pool.times))
-                    progress.advance(1, text, row.size_bytes, row.seconds)
+                    _advance(progress, row, self._speed(started, rows_before, in_short(pool.times)))
             self._say_who_was_starved(
                 in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
             )
@@ -186,6 +185,14 @@ class Session:
             rows = record.rows(plan.removed) if rows is None else rows
             write_manifest(self._output, self._run.table, rows, plan.removed)
         return closing.tell(self._console.print, command)
+
+
+def _advance(progress: JobProgress, row: ShardResult, text: str) -> None:
+    """A shard that came to nothing may have taken no time at all, or an hour: it is no measure for others."""
+    if row.state is ShardState.DONE:
+        progress.advance(1, text, row.size_bytes, row.seconds)
+    else:
+        progress.skip(1, text, row.size_bytes)
 
 
 def _line(row: ShardResult) -> str:
