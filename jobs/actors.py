@@ -255,7 +255,9 @@ class ActorPool:
         self._actors.kill(slot.actor)  # also one that Ray calls dead: its node may only be cut off
         reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
         self.lost_actors[AWAY if blameless else reason.value] += 1
-        self.failed_attempts[AWAY if blameless else reason.value] += len(held)
+        for work in held:
+            innocent = blameless or (culprits and work not in culprits)
+            self.failed_attempts[AWAY if innocent else reason.value] += 1
         if blameless:
             yield from self._dispatch.actor_away(slot.name)
         else:

@@ -19,6 +19,7 @@ from jobs.metrics_tokenize import TokenizeMetrics
 from jobs.metrics_train import TrainMetrics
 from jobs.progress import JobProgress
 from jobs.recording import Recording
+from jobs.submit import submission_id
 from jobs.tokenize_actor import CountedDecoder
 from jobs.train_progress import Status, StepProgress
 from make_data import listed
@@ -67,6 +68,12 @@ def test_a_runs_label_has_its_name_and_no_secret() -> None:
     assert label == run_label("s3://another:one@host/bucket/laion-tokens")
     assert label != run_label("s3://host/other-bucket/laion-tokens")
     assert len(run_label("s3://host/" + "x" * 500)) < 60
+
+
+@pytest.mark.parametrize("spelt", ["s3://b/out/", "s3a://b/out", "s3://key:secret@b/out"])
+def test_a_run_has_one_label_however_its_output_is_spelt_and_its_job_the_same(spelt: str) -> None:
+    assert run_label(spelt) == run_label("s3://b/out")
+    assert run_label(spelt).rpartition("-")[2] == submission_id("tokenize", spelt).rpartition("-")[2]
 
 
 def test_figures_that_cannot_be_told_are_said_once_and_end_nothing(
@@ -140,6 +147,15 @@ def test_what_a_driver_tells_is_what_became_of_its_shards(tmp_path: Path, caplog
     assert sum(kept.by_label("tokenize_actors").values()) == 2
     assert kept.seen["tokenize_shard_seconds"] == [1.0] * 8
     assert kept.gauges["tokenize_failed_share",] == recording.totals.failed_share == 8 / 88
+
+
+def test_the_neighbours_of_a_shard_that_hangs_are_no_shards_that_hang() -> None:
+    actors = SimulatedActors(nature=lambda task: "hangs" if task.shard.url == "h" else "good", seconds=lambda *_: 30.0)
+    tasks = [ShardTask(ObjectInfo(name, 100, "e"), f"{name}.parquet") for name in "abchdefg"]
+    with ActorPool(actors, settings(1, 4, deadline_s=40.0), actors.now) as pool:
+        outcomes = list(pool.run(Dispatch(tasks, attempts=1, in_flight_limit=4)))
+    assert len(outcomes) == 8 and pool.lost_actors == {"shard_timed_out": 1}
+    assert pool.failed_attempts == {"shard_timed_out": 1, "actor_away": 3}
 
 
 def test_an_hour_of_silence_is_told_while_nothing_ends(tmp_path: Path) -> None:
