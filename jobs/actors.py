@@ -1,8 +1,8 @@
 """The pool of tokenising actors: hand out shards, judge what became of each call, stop the hung.
 
-dispatch.py decides who gets what, pace.py what is late, slots.py starts and replaces actors, calls.py keeps who is at
-what, ray_actors.py is Ray. What is done for each shard costs the same however many actors there are; what looks at all
-of them is done by the clock.
+dispatch.py decides who gets what, lateness.py what is late, slots.py starts and replaces actors, calls.py keeps who is
+at what, ray_actors.py is Ray. What is done for each shard costs the same however many actors there are; what looks at
+all of them is done by the clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from jobs.calls import Call, Calls
 from jobs.dispatch import Dispatch, GivenUp, Work
-from jobs.pace import Pace
+from jobs.lateness import Lateness
 from jobs.pool_settings import PoolSettings
 from jobs.ray_actors import Died, Outcome, Raised, Unreachable
 from jobs.slots import Slot, Slots, Starter, State
@@ -65,7 +65,7 @@ class ActorPool:
         self._actors, self._settings, self._now = actors, settings, now
         self._dispatch = Dispatch((), attempts=1, in_flight_limit=1)
         self._slots = Slots(settings.num_actors, actors, now)
-        self._pace = Pace(settings.shard_deadline_s)
+        self._lateness = Lateness(settings, now)
         self._waiting = Waiting(settings, now, actors.resources)
         self.times = StageTimes()  # of all actors, in all runs; so are the next three, by reason
         self.failed_images: Counter[str] = Counter()  # of shards that are done
@@ -161,7 +161,9 @@ class ActorPool:
         return ready and all(map(self._is_awaited, self._calls.shards_of(slot)))
 
     def _help_stragglers(self) -> None:
-        if not self._dispatch.nothing_waits or not (stragglers := self._stragglers()):
+        if not self._dispatch.nothing_waits:
+            return
+        if not (stragglers := self._lateness.late(filter(self._is_awaited, self._calls.shards()))):
             return
         for slot in filter(self._is_free, self._slots):
             if (work := self._dispatch.second_for(slot.name, stragglers)) is not None:
@@ -178,14 +180,6 @@ class ActorPool:
     def _is_awaited(self, call: Call) -> bool:
         """Not when the shard was finished elsewhere, or went back to the queue."""
         return call.work is not None and call.is_current and self._dispatch.holds(call.slot.name, call.work)
-
-    def _stragglers(self) -> list[Work]:
-        """The oldest first."""
-        calls = sorted(filter(self._is_awaited, self._calls.shards()), key=lambda call: call.began)
-        return [c.work for c in calls if c.work is not None and self._age_s(c) > self._pace.late_s(_size(c.work))]
-
-    def _age_s(self, call: Call) -> float:
-        return self._now() - call.began - call.delay_s
 
     def _hear(self, call: Call, outcome: Outcome) -> Iterator[ShardResult | GivenUp]:
         if not call.is_current:
@@ -211,7 +205,7 @@ class ActorPool:
         if call.work is not None and self._is_awaited(call):
             self.failed_images.update(failed_images)
             call.slot.deaths = 0
-            self._pace.note(_size(call.work), self._age_s(call))
+            self._lateness.note(call)
             self._dispatch.done(call.slot.name, call.work)
             yield replace(result, attempts=call.work.charged + 1)
 
@@ -266,20 +260,10 @@ class ActorPool:
 
     def _stop_hung(self) -> Iterator[GivenUp]:
         """Kill an actor that holds a shard past its deadline; the hung shard is charged, its neighbours are not."""
-        before = self._now() - self._pace.least_deadline_s  # few are so old: that is asked first, of thousands
-        old = [call for call in self._calls.shards() if call.began < before]
-        hung = [call for call in old if self._age_s(call) > self._deadline_s(call)]
-        for slot in {call.slot.name: call.slot for call in hung}.values():
-            calls = [call for call in hung if call.slot is slot]
+        for calls in self._lateness.hung(self._calls.shards()):
             culprits = [call.work for call in calls if call.work is not None and self._is_awaited(call)]
-            message = f"no result after {self._age_s(calls[0]):.0f} s"
-            yield from self._lost(slot, message, culprits, blameless=not culprits)
-
-    def _deadline_s(self, call: Call) -> float:
-        """An actor may first wait for its decode task to begin: that is no fault of the shard."""
-        assert call.work is not None
-        decode = self._settings.decode
-        return self._pace.deadline_s(_size(call.work), call.work.charged) + (decode.wait_s if decode else 0.0)
+            message = f"no result after {self._lateness.age_s(calls[0]):.0f} s"
+            yield from self._lost(calls[0].slot, message, culprits, blameless=not culprits)
 
     def _leave_draining_nodes(self) -> Iterator[GivenUp]:
         """Actors there get nothing new, finish what they hold, and are started again elsewhere."""
@@ -290,10 +274,6 @@ class ActorPool:
 
 def _shown(work: Work) -> str:
     return storage.public_url(work.task.shard.url)
-
-
-def _size(work: Work) -> int:
-    return work.task.shard.size_bytes
 
 
 def _reason(error: Exception) -> FailureReason:
