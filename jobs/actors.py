@@ -73,6 +73,7 @@ class ActorPool:
         self.lost_actors: Counter[str] = Counter()
         self._head = Head(now)
         self._calls = Calls()
+        self._most_in_flight = settings.num_actors * settings.shards_in_flight  # of all actors together, so far
         self._roomy: dict[str, Slot] = {}  # those that may have room for a shard, by name
         self._ever_ready = False
         self._look, self._ask = Every(LOOK_EVERY_S, now), Every(ASK_EVERY_S, now)
@@ -134,14 +135,21 @@ class ActorPool:
         self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
 
     def _follow_cluster(self) -> None:
-        """More actors where there is room for them, and as many shards for each as those that decode can work at."""
+        """More actors where there is room for them, and more shards for each where more can be decoded."""
         if self._settings.elastic:
             self._slots.grow(self._actors.fitting(), self._dispatch.num_waiting)
-        limit = self._actors.shards_in_flight(len(self._slots))
-        if limit is not None and limit != self._dispatch.in_flight_limit:
+        befits = self._actors.shards_in_flight(len(self._slots))
+        if befits is not None and (limit := self._as_many_as_ever(befits)) != self._dispatch.in_flight_limit:
             log.info("the cluster that decodes has changed: %d shards in flight for each actor", limit)
             self._dispatch.in_flight_limit = limit
             self._roomy = {slot.name: slot for slot in self._slots}
+
+    def _as_many_as_ever(self, befits: int) -> int:
+        """For each actor, so that all together have no fewer than at any time: what a lost node worked at waits, and
+        a cluster that can grow sees what is asked for, and brings another."""
+        number = len(self._slots)
+        self._most_in_flight = max(self._most_in_flight, befits * number)
+        return min(self._most_in_flight // number, self._settings.most_in_flight)
 
     def _hand_out(self) -> None:
         """A shard to each actor in turn, so that few shards spread over all."""

@@ -80,7 +80,7 @@ def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
 
 
 def shards_in_flight(settings: PoolSettings, num_actors: int) -> int | None:
-    """For each actor, as befits the cluster that is there now; None where it stays as it was."""
+    """That the cluster can decode now, for each actor; None where it stays as it was."""
     if settings.follows is None:
         return None
     return decode_place(settings.follows, _nodes(), num_actors, may_grow=True).shards_in_flight
