@@ -29,6 +29,7 @@ from pipeline.tokenize_shard import quarantine
 
 if TYPE_CHECKING:
     from jobs.dispatch import GivenUp
+    from jobs.metrics import Meters
     from jobs.metrics_tokenize import TokenizeMetrics
     from jobs.tokenize_actor import Source
 
@@ -129,14 +130,15 @@ class Session:
 
         config, started, rows_before = self._config, time.monotonic(), self._recording.totals.num_rows
         with connected(config.ray.address, store_bytes(config, self._run.table.image_spec["size"])):
-            settings = pool_settings(config, len(self._plan.todo))
+            meters = RayMeters(self._output.url)
+            settings = pool_settings(config, len(self._plan.todo), lambda: self._look_for_actors(meters))
             job, in_flight = self._run.job(settings.decode_threads), settings.shards_in_flight
             left_bytes = sum(task.shard.size_bytes for task in self._plan.todo)
             dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=in_flight)
             with (
                 ActorPool(RayActors(source, job, settings), settings) as pool,
                 JobProgress("shards", self._num_shards, self._num_before, amount=left_bytes) as progress,
-                TokenizeMetrics(RayMeters(self._output.url), pool, dispatch, self._recording, progress) as metrics,
+                TokenizeMetrics(meters, pool, dispatch, self._recording, progress) as metrics,
             ):
                 for outcome in pool.run(dispatch, lambda: self._look(metrics)):
                     row = self._record(outcome)
@@ -146,6 +148,12 @@ class Session:
             self._say_who_was_starved(
                 in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
             )
+
+    def _look_for_actors(self, meters: Meters) -> None:
+        from jobs.metrics_tokenize import tell_no_actor
+
+        self._ledger.check()
+        tell_no_actor(meters, len(self._plan.todo))
 
     def _look(self, metrics: TokenizeMetrics) -> None:
         self._ledger.check()
