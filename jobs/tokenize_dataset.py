@@ -144,7 +144,7 @@ class Session:
                     row = self._record(outcome)
                     metrics.ended(row)
                     progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
-                    _advance(progress, row, self._speed(started, rows_before, in_short(pool.times)))
+                    _advance(progress, outcome, self._speed(started, rows_before, in_short(pool.times)))
             self._say_who_was_starved(
                 in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
             )
@@ -195,12 +195,12 @@ class Session:
         return closing.tell(self._console.print, command)
 
 
-def _advance(progress: JobProgress, row: ShardResult, text: str) -> None:
+def _advance(progress: JobProgress, outcome: ShardResult | GivenUp, text: str) -> None:
     """A shard that came to nothing may have taken no time at all, or an hour: it is no measure for others."""
-    if row.state is ShardState.DONE:
-        progress.advance(1, text, row.size_bytes, row.seconds)
+    if isinstance(outcome, ShardResult):
+        progress.advance(1, text, outcome.size_bytes, outcome.seconds)
     else:
-        progress.skip(1, text, row.size_bytes)
+        progress.skip(1, text, outcome.work.task.shard.size_bytes)
 
 
 def _line(row: ShardResult) -> str:

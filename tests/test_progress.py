@@ -6,10 +6,12 @@ import logging
 
 import pytest
 
+from jobs.dispatch import GivenUp, Work
 from jobs.progress import NOTES_A_SECOND, JobProgress
 from jobs.tokenize_dataset import _advance
 from jobs.train_progress import Status, StepProgress
-from pipeline.records import ShardResult, ShardState
+from pipeline.plan import ShardTask
+from pipeline.records import FailureReason, ObjectInfo, ShardResult, ShardState
 
 
 def test_the_end_is_said_once_however_often_it_is_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +52,8 @@ def test_a_shard_that_is_quarantined_says_nothing_of_what_the_others_take(monkey
     """A cut tar after 3 s, before 999 of 400 s each on 8 actors."""
     now = 0.0
     monkeypatch.setattr("jobs.progress.time.monotonic", lambda: now)
-    cut = ShardResult("s0", 100, "e", ShardState.QUARANTINED)
+    task = ShardTask(ObjectInfo("s0", 100, "e"), "s0.parquet")
+    cut = GivenUp(Work(task), FailureReason.SHARD_TRUNCATED, "no end")
     done = ShardResult("s1", 100, "e", ShardState.DONE, num_rows=10, seconds=400.0)
     with JobProgress("shards", total=1000, amount=100_000) as progress:
         now = 3.0
