@@ -1,8 +1,8 @@
 """The pool of tokenising actors: hand out shards, judge what became of each call, stop the hung.
 
-dispatch.py decides who gets what, pace.py what is late, slots.py starts and replaces actors, calls.py keeps who is at
-what, ray_actors.py is Ray. What is done for each shard costs the same however many actors there are; what looks at all
-of them is done by the clock.
+dispatch.py decides who gets what, lateness.py what is late, slots.py starts and replaces actors, calls.py keeps who is
+at what, ray_actors.py is Ray. What is done for each shard costs the same however many actors there are; what looks at
+all of them is done by the clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from jobs.calls import Call, Calls
 from jobs.dispatch import Dispatch, GivenUp, Work
-from jobs.pace import Pace
+from jobs.lateness import Lateness
 from jobs.pool_settings import PoolSettings
 from jobs.ray_actors import Died, Outcome, Raised, Unreachable
 from jobs.slots import Slot, Slots, Starter, State
@@ -65,7 +65,7 @@ class ActorPool:
         self._actors, self._settings, self._now = actors, settings, now
         self._dispatch = Dispatch((), attempts=1, in_flight_limit=1)
         self._slots = Slots(settings.num_actors, actors, now)
-        self._pace = Pace(settings.shard_deadline_s)
+        self._lateness = Lateness(settings, now)
         self._waiting = Waiting(settings, now, actors.resources)
         self.times = StageTimes()  # of all actors, in all runs; so are the next three, by reason
         self.failed_images: Counter[str] = Counter()  # of shards that are done
@@ -73,6 +73,7 @@ class ActorPool:
         self.lost_actors: Counter[str] = Counter()
         self._head = Head(now)
         self._calls = Calls()
+        self._most_in_flight = settings.num_actors * settings.shards_in_flight  # of all actors together, so far
         self._roomy: dict[str, Slot] = {}  # those that may have room for a shard, by name
         self._ever_ready = False
         self._look, self._ask = Every(LOOK_EVERY_S, now), Every(ASK_EVERY_S, now)
@@ -125,8 +126,7 @@ class ActorPool:
 
     def _ask_head(self) -> None:
         """One question first, which has a time limit: all others wait for a head that is gone until Ray ends us."""
-        draining = self._actors.draining_nodes()
-        self._head.note(draining is not None)
+        draining = self._head.ask(self._actors.draining_nodes)
         if draining is None:
             return
         self._slots.leave(draining)
@@ -135,14 +135,21 @@ class ActorPool:
         self._waiting.check(any(slot.state is State.READY for slot in self._slots), self._slots.last_loss)
 
     def _follow_cluster(self) -> None:
-        """More actors where there is room for them, and as many shards for each as those that decode can work at."""
+        """More actors where there is room for them, and more shards for each where more can be decoded."""
         if self._settings.elastic:
             self._slots.grow(self._actors.fitting(), self._dispatch.num_waiting)
-        limit = self._actors.shards_in_flight(len(self._slots))
-        if limit is not None and limit != self._dispatch.in_flight_limit:
+        befits = self._actors.shards_in_flight(len(self._slots))
+        if befits is not None and (limit := self._as_many_as_ever(befits)) != self._dispatch.in_flight_limit:
             log.info("the cluster that decodes has changed: %d shards in flight for each actor", limit)
             self._dispatch.in_flight_limit = limit
             self._roomy = {slot.name: slot for slot in self._slots}
+
+    def _as_many_as_ever(self, befits: int) -> int:
+        """For each actor, so that all together have no fewer than at any time: what a lost node worked at waits, and
+        a cluster that can grow sees what is asked for, and brings another."""
+        number = len(self._slots)
+        self._most_in_flight = max(self._most_in_flight, befits * number)
+        return min(self._most_in_flight // number, self._settings.most_in_flight)
 
     def _hand_out(self) -> None:
         """A shard to each actor in turn, so that few shards spread over all."""
@@ -162,7 +169,9 @@ class ActorPool:
         return ready and all(map(self._is_awaited, self._calls.shards_of(slot)))
 
     def _help_stragglers(self) -> None:
-        if not self._dispatch.nothing_waits or not (stragglers := self._stragglers()):
+        if not self._dispatch.nothing_waits:
+            return
+        if not (stragglers := self._lateness.late(filter(self._is_awaited, self._calls.shards()))):
             return
         for slot in filter(self._is_free, self._slots):
             if (work := self._dispatch.second_for(slot.name, stragglers)) is not None:
@@ -179,14 +188,6 @@ class ActorPool:
     def _is_awaited(self, call: Call) -> bool:
         """Not when the shard was finished elsewhere, or went back to the queue."""
         return call.work is not None and call.is_current and self._dispatch.holds(call.slot.name, call.work)
-
-    def _stragglers(self) -> list[Work]:
-        """The oldest first."""
-        calls = sorted(filter(self._is_awaited, self._calls.shards()), key=lambda call: call.began)
-        return [c.work for c in calls if c.work is not None and self._age_s(c) > self._pace.late_s(_size(c.work))]
-
-    def _age_s(self, call: Call) -> float:
-        return self._now() - call.began - call.delay_s
 
     def _hear(self, call: Call, outcome: Outcome) -> Iterator[ShardResult | GivenUp]:
         if not call.is_current:
@@ -212,7 +213,7 @@ class ActorPool:
         if call.work is not None and self._is_awaited(call):
             self.failed_images.update(failed_images)
             call.slot.deaths = 0
-            self._pace.note(_size(call.work), self._age_s(call))
+            self._lateness.note(call)
             self._dispatch.done(call.slot.name, call.work)
             yield replace(result, attempts=call.work.charged + 1)
 
@@ -256,7 +257,9 @@ class ActorPool:
         self._actors.kill(slot.actor)  # also one that Ray calls dead: its node may only be cut off
         reason = FailureReason.SHARD_TIMED_OUT if culprits else FailureReason.SHARD_CRASHED
         self.lost_actors[AWAY if blameless else reason.value] += 1
-        self.failed_attempts[AWAY if blameless else reason.value] += len(held)
+        for work in held:
+            innocent = blameless or (culprits and work not in culprits)
+            self.failed_attempts[AWAY if innocent else reason.value] += 1
         if blameless:
             yield from self._dispatch.actor_away(slot.name)
         else:
@@ -265,20 +268,10 @@ class ActorPool:
 
     def _stop_hung(self) -> Iterator[GivenUp]:
         """Kill an actor that holds a shard past its deadline; the hung shard is charged, its neighbours are not."""
-        before = self._now() - self._pace.least_deadline_s  # few are so old: that is asked first, of thousands
-        old = [call for call in self._calls.shards() if call.began < before]
-        hung = [call for call in old if self._age_s(call) > self._deadline_s(call)]
-        for slot in {call.slot.name: call.slot for call in hung}.values():
-            calls = [call for call in hung if call.slot is slot]
+        for calls in self._lateness.hung(self._calls.shards()):
             culprits = [call.work for call in calls if call.work is not None and self._is_awaited(call)]
-            message = f"no result after {self._age_s(calls[0]):.0f} s"
-            yield from self._lost(slot, message, culprits, blameless=not culprits)
-
-    def _deadline_s(self, call: Call) -> float:
-        """An actor may first wait for its decode task to begin: that is no fault of the shard."""
-        assert call.work is not None
-        decode = self._settings.decode
-        return self._pace.deadline_s(_size(call.work), call.work.charged) + (decode.wait_s if decode else 0.0)
+            message = f"no result after {self._lateness.age_s(calls[0]):.0f} s"
+            yield from self._lost(calls[0].slot, message, culprits, blameless=not culprits)
 
     def _leave_draining_nodes(self) -> Iterator[GivenUp]:
         """Actors there get nothing new, finish what they hold, and are started again elsewhere."""
@@ -289,10 +282,6 @@ class ActorPool:
 
 def _shown(work: Work) -> str:
     return storage.public_url(work.task.shard.url)
-
-
-def _size(work: Work) -> int:
-    return work.task.shard.size_bytes
 
 
 def _reason(error: Exception) -> FailureReason:

@@ -15,6 +15,7 @@ from jobs.cli_models import AsJson, export_weights, import_weights, parity
 from jobs.cli_tokens import compact, register, report, stats
 from jobs.command_line import say, set_up_log
 from jobs.command_line import typed_command as _command
+from jobs.leaving import exit_process
 
 INTERRUPTED = 130
 
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: the exit codes of the design, one clear message for what is wrong with the world."""
     set_up_log()
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run(lambda: _invoke(sys.argv[1:] if arguments is None else arguments)))
+    exit_process(_run(lambda: _invoke(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _invoke(arguments: Sequence[str]) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
+from jobs.leaving import end_in_time
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own, where only small results pass through it
-GCS_TIMEOUT_S = 5.0
+FAREWELL_S = 10.0
+GCS_TIMEOUT_S = 1.0  # meanwhile the driver hears nobody and hands nothing out
 _SHARED_MEMORY = Path("/dev/shm")
 _ADVICE = "Some common causes include:"
 
@@ -38,11 +40,15 @@ def connected(address: str | None, store_bytes: int = OBJECT_STORE_BYTES) -> Ite
     if ray.is_initialized():
         yield
         return
-    _connect(address or os.environ.get("RAY_ADDRESS") or "local", store_bytes)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _connect(address, store_bytes)
     try:
         yield
     finally:
-        ray.shutdown()
+        if address == "local":
+            ray.shutdown()
+        else:  # a head that is frozen or cut off would be waited for, and the run's lease held, for ever
+            end_in_time(ray.shutdown, FAREWELL_S)
 
 
 def _connect(address: str, store_bytes: int) -> None:

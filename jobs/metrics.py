@@ -85,8 +85,9 @@ METRICS = _named((
 
 
 def run_label(output_url: str) -> str:
-    """What a run is called: the last name of its output, without credentials, and a hash of the whole."""
-    public = storage.public_url(output_url)
+    """What a run is called: the last name of its output, without credentials, and a hash of the whole: the same for
+    every spelling, and the same as in its job's name (submit.py)."""
+    public = storage.public_url(storage.normalize(output_url))
     name = storage.base_name(public)[:NAME_CHARACTERS] or "output"  # of a whole bucket
     return f"{name}-{hashlib.sha256(public.encode()).hexdigest()[:8]}"
 

@@ -17,6 +17,12 @@ from jobs.waiting import Every
 from pipeline.records import ShardResult, ShardState
 
 
+def tell_no_actor(meters: Meters, num_waiting: int) -> None:
+    """Before there is a pool: so many shards wait for a node that can hold an actor."""
+    meters.set("tokenize_shards", num_waiting, state="waiting")
+    meters.set("tokenize_actors", 0, state="ready")
+
+
 class TokenizeMetrics:
     """For a `with` block. `now` is the clock, in seconds."""
 

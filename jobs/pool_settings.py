@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -52,12 +53,13 @@ class PoolSettings:
         return MAX_SHARDS_IN_TASKS if self.follows else self.shards_in_flight
 
 
-def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
+def pool_settings(config: TokenizeConfig, num_shards: int, look: Callable[[], None] = lambda: None) -> PoolSettings:
     """As configured; where it says nothing, an actor for each GPU (or for each CPU, where none is asked for). Where a
-    cluster that may grow has no node for an actor yet, waits for the first, and decodes as befits that one."""
+    cluster that may grow has no node for an actor yet, waits for the first, and decodes as befits that one; `look` is
+    called all the while, and may raise."""
     settings, waited_s = config.ray, 0.0
     may_grow = bool(settings.address or os.environ.get("RAY_ADDRESS"))  # not one of our own, on this machine
-    if not (room := _has_room(settings)) and may_grow and not (room := _comes_up(settings)):
+    if not (room := _has_room(settings)) and may_grow and not (room := _comes_up(settings, look)):
         waited_s = settings.wait_s
     if not room:
         wanted = f"{settings.gpus_per_actor:g} GPU" if settings.gpus_per_actor else f"{settings.cpus_per_actor:g} CPU"
@@ -80,7 +82,7 @@ def pool_settings(config: TokenizeConfig, num_shards: int) -> PoolSettings:
 
 
 def shards_in_flight(settings: PoolSettings, num_actors: int) -> int | None:
-    """For each actor, as befits the cluster that is there now; None where it stays as it was."""
+    """That the cluster can decode now, for each actor; None where it stays as it was."""
     if settings.follows is None:
         return None
     return decode_place(settings.follows, _nodes(), num_actors, may_grow=True).shards_in_flight
@@ -94,7 +96,7 @@ def _has_room(settings: RaySettings) -> bool:
     return any(can_hold_an_actor(node, settings) for node in _nodes())
 
 
-def _comes_up(settings: RaySettings) -> bool:
+def _comes_up(settings: RaySettings, look: Callable[[], None]) -> bool:
     """Whether there is place for an actor within ray.wait_s. It is asked for: some clusters grow only for those who
     wait in them."""
     place = ray.remote(num_gpus=settings.gpus_per_actor, num_cpus=settings.cpus_per_actor)(_nothing)
@@ -106,6 +108,7 @@ def _comes_up(settings: RaySettings) -> bool:
                 "no node can hold an actor yet; waiting up to %.0f s (ray.wait_s) for the first, which decides what "
                 "ray.decode and ray.decode_threads leave open; the cluster has %s", left_s, describe_resources(),
             )  # fmt: skip
+            look()
             if ray.wait(calls, num_returns=1, timeout=min(SAY_EVERY_S, left_s))[0]:
                 return True
         return False

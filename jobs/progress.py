@@ -75,8 +75,16 @@ class JobProgress:
 
     def advance(self, count: int, text: str, amount: float | None = None, took_s: float | None = None) -> None:
         """`amount`: how much of the whole amount these units were; `took_s`: what they took by themselves."""
-        self._done += count
         self._left.note(count if amount is None else amount, took_s)
+        self._move(count, text)
+
+    def skip(self, count: int, text: str, amount: float | None = None) -> None:
+        """Units that were given up; negative ones are to be done once more. They say nothing of the pace."""
+        self._left.skip(count if amount is None else amount)
+        self._move(count, text)
+
+    def _move(self, count: int, text: str) -> None:
+        self._done += count
         now, at_end = time.monotonic(), self._done == self._total
         if self._bar is not None and self._task is not None:
             if now - self._bar_at >= BAR_EVERY_S or at_end:

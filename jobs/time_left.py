@@ -42,6 +42,10 @@ class TimeLeft:
             self._mark(self._last)
         self._last = _Mark(now, self._last.done + amount)
 
+    def skip(self, amount: float) -> None:
+        """So much less is to be done; more, where it is negative. It says nothing of the pace."""
+        self._total -= amount
+
     def _mark(self, mark: _Mark) -> None:
         self._marks.append(mark)
         self._first_burst = self._first_burst or mark.done

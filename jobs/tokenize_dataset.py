@@ -29,6 +29,7 @@ from pipeline.tokenize_shard import quarantine
 
 if TYPE_CHECKING:
     from jobs.dispatch import GivenUp
+    from jobs.metrics import Meters
     from jobs.metrics_tokenize import TokenizeMetrics
     from jobs.tokenize_actor import Source
 
@@ -129,24 +130,30 @@ class Session:
 
         config, started, rows_before = self._config, time.monotonic(), self._recording.totals.num_rows
         with connected(config.ray.address, store_bytes(config, self._run.table.image_spec["size"])):
-            settings = pool_settings(config, len(self._plan.todo))
+            meters = RayMeters(self._output.url)
+            settings = pool_settings(config, len(self._plan.todo), lambda: self._look_for_actors(meters))
             job, in_flight = self._run.job(settings.decode_threads), settings.shards_in_flight
             left_bytes = sum(task.shard.size_bytes for task in self._plan.todo)
             dispatch = Dispatch(self._plan.todo, attempts=config.attempts, in_flight_limit=in_flight)
             with (
                 ActorPool(RayActors(source, job, settings), settings) as pool,
                 JobProgress("shards", self._num_shards, self._num_before, amount=left_bytes) as progress,
-                TokenizeMetrics(RayMeters(self._output.url), pool, dispatch, self._recording, progress) as metrics,
+                TokenizeMetrics(meters, pool, dispatch, self._recording, progress) as metrics,
             ):
                 for outcome in pool.run(dispatch, lambda: self._look(metrics)):
                     row = self._record(outcome)
                     metrics.ended(row)
                     progress.note(_line(row), always=row.state is ShardState.QUARANTINED)
-                    text = self._speed(started, rows_before, in_short(pool.times))
-                    progress.advance(1, text, row.size_bytes, row.seconds)
+                    _advance(progress, outcome, self._speed(started, rows_before, in_short(pool.times)))
             self._say_who_was_starved(
                 in_full(pool.times, on_gpu=config.device == "cuda", in_tasks=bool(settings.decode))
             )
+
+    def _look_for_actors(self, meters: Meters) -> None:
+        from jobs.metrics_tokenize import tell_no_actor
+
+        self._ledger.check()
+        tell_no_actor(meters, len(self._plan.todo))
 
     def _look(self, metrics: TokenizeMetrics) -> None:
         self._ledger.check()
@@ -186,6 +193,14 @@ class Session:
             rows = record.rows(plan.removed) if rows is None else rows
             write_manifest(self._output, self._run.table, rows, plan.removed)
         return closing.tell(self._console.print, command)
+
+
+def _advance(progress: JobProgress, outcome: ShardResult | GivenUp, text: str) -> None:
+    """A shard that came to nothing may have taken no time at all, or an hour: it is no measure for others."""
+    if isinstance(outcome, ShardResult):
+        progress.advance(1, text, outcome.size_bytes, outcome.seconds)
+    else:
+        progress.skip(1, text, outcome.work.task.shard.size_bytes)
 
 
 def _line(row: ShardResult) -> str:

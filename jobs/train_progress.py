@@ -113,15 +113,16 @@ class StepProgress:
 
     @property
     def left_s(self) -> float | None:
-        """To the last step, at the pace so far."""
+        """To the last step, by the pace of late; None as long as nothing is known."""
         return None if self._bar is None else self._bar.left_s
 
     def show(self, status: Status) -> None:
         if self._bar is None:
             self._bar, self._shown = JobProgress("steps", self._steps, status.step), status.step
             self._bar.__enter__()
-        self._bar.advance(status.step - self._shown, str(status))
-        self._shown = status.step
+        ahead, self._shown = status.step - self._shown, status.step
+        move = self._bar.advance if ahead >= 0 else self._bar.skip  # back at a checkpoint: steps come once more
+        move(ahead, str(status))
         for warning in status.warnings:
             if warning not in self._told:
                 log.warning("%s", warning)

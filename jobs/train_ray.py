@@ -52,16 +52,14 @@ def train_on_ray(job: TrainJob, check: Callable[[], None]) -> Ending:
     settings = job.config.ray
     ours = not (ray.is_initialized() or settings.address or os.environ.get("RAY_ADDRESS"))
     wait_s = min(settings.wait_s, OWN_CLUSTER_WAIT_S) if ours else settings.wait_s
-    with connected(settings.address), stop_signals() as stop:
+    with connected(settings.address), stop_signals() as stop, Watch(job.config, check) as watch:
         _warn_of_a_local_output(job.config.output)
-        if not _resources_there(settings, wait_s, stop):
-            return "stopped"
-        with Watch(job.config, check) as watch:
-            while (ending := _one_group(job, watch, stop)) == "left":
-                log.warning("the workers left a machine that is about to go, after a checkpoint; going on elsewhere")
-                if not _resources_there(settings, math.inf, stop):
-                    return "stopped"
-            return ending
+        while _resources_there(settings, wait_s, watch, stop):
+            if (ending := _one_group(job, watch, stop)) != "left":
+                return ending
+            log.warning("the workers left a machine that is about to go, after a checkpoint; going on elsewhere")
+            wait_s = math.inf
+        return "stopped"
 
 
 def _one_group(job: TrainJob, watch: Watch, stop: threading.Event) -> Ending:
@@ -92,14 +90,18 @@ class Watch:
     def until(self, ending: Future[Any], stop: threading.Event) -> bool:
         """Show progress until training ends. False: it was to stop, and would not within the grace."""
         while not ending.done() and not stop.wait(POLL_S):
-            self._check()
-            self._metrics.look(*self._look())
+            self.look()
         if stop.is_set() and self._started:
             log.warning("stopping: a checkpoint is saved first (once more to stop at once)")
             self.board.ask_to_stop.remote()
             wait([ending], timeout=STOP_GRACE_S)
         self._metrics.tell(*self._look())
         return ending.done()
+
+    def look(self) -> None:
+        """As often as one likes. Raises what `check` raises."""
+        self._check()
+        self._metrics.look(*self._look())
 
     def _look(self) -> tuple[Status | None, int]:
         """The newest status, and how many workers were lost."""
@@ -198,9 +200,9 @@ def _bundle(settings: RayConfig) -> dict[str, float]:
     return {"CPU": settings.cpus_per_worker, **gpus}
 
 
-def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) -> bool:
-    """Wait for room for the workers, the fewest that will do (asking for it, so that a cluster that can grow does).
-    False: it was to stop. Raises ClusterError."""
+def _resources_there(settings: RayConfig, wait_s: float, watch: Watch, stop: threading.Event) -> bool:
+    """Wait for room for the workers, the fewest that will do (asking for it, so that a cluster that can grow does),
+    and look on all the while. False: it was to stop. Raises ClusterError."""
     wanted = f"{settings.fewest_workers} workers with {_bundle(settings)} each"
     group = placement_group([_bundle(settings)] * settings.fewest_workers)
     give_up_at, say_at = time.monotonic() + wait_s, time.monotonic()
@@ -218,6 +220,7 @@ def _resources_there(settings: RayConfig, wait_s: float, stop: threading.Event) 
                 say_at = time.monotonic() + SAY_EVERY_S
                 patience = f"up to {wait_s:g} s " if math.isfinite(wait_s) else ""
                 log.warning("waiting %sfor %s: %s", patience, wanted, describe_resources())
+            watch.look()
     finally:
         remove_placement_group(group)
     return True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 from jobs.cluster import ClusterError
 from jobs.pool_settings import PoolSettings
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 SAY_EVERY_S = 10.0
 # Whoever cannot reach the head for so long is ended by Ray, without a word to the program; this is its own setting.
 RAY_ENDS_AFTER_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
@@ -35,18 +37,23 @@ class Head:
     `now` is the clock, in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._now, self._heard, self.answers = now, now(), True
+        self._now = now
+        self._silent_since: float | None = None  # when the first question was asked that it has not answered
 
-    def note(self, answers: bool) -> None:
-        """It was asked just now. Raises ClusterError when it has not answered for too long."""
-        self.answers, now = answers, self._now()
-        if answers:
-            self._heard = now
-        elif now - self._heard > HEAD_PATIENCE_S:
+    def ask(self, question: Callable[[], T | None]) -> T | None:
+        """Its answer; None where there is none. Raises ClusterError when there has been none for too long. (How long
+        nobody asked says nothing of the head: whoever asks may have been held up.)"""
+        asked, answer = self._now(), question()
+        if answer is not None:
+            self._silent_since = None
+            return answer
+        self._silent_since = asked if self._silent_since is None else self._silent_since
+        if (silent_s := self._now() - self._silent_since) > HEAD_PATIENCE_S:
             raise ClusterError(
-                f"the cluster's head has not answered for {now - self._heard:.0f} s; once there is one again, the same "
-                "command goes on from here"
+                f"the cluster's head has not answered for {silent_s:.0f} s; once there is one again, the same command "
+                "goes on from here"
             )
+        return None
 
 
 class Waiting:

@@ -145,7 +145,7 @@ def simulated(cluster: SimulatedCluster, num_actors: int, watcher: Watcher) -> I
     clock = SimpleNamespace(monotonic=cluster.now)
     with (
         mock.patch("jobs.cluster.connected", lambda *_: contextlib.nullcontext()),
-        mock.patch("jobs.pool_settings.pool_settings", lambda config, num_shards: settings),
+        mock.patch("jobs.pool_settings.pool_settings", lambda *_: settings),
         mock.patch("jobs.ray_actors.RayActors", lambda *_: cluster),
         mock.patch("jobs.actors.ActorPool", partial(ActorPool, now=cluster.now)),
         mock.patch("jobs.progress.time", clock),

@@ -182,7 +182,7 @@ def without_ray(num_actors: int, in_flight: int, per_wait: int) -> Any:
     settings = PoolSettings(num_actors, 0, 1, in_flight, wait_s=300, shard_deadline_s=None, retry_pause_s=1)
     with (
         mock.patch("jobs.cluster.connected", lambda *_: contextlib.nullcontext()),
-        mock.patch("jobs.pool_settings.pool_settings", lambda config, num_shards: replace(settings)),
+        mock.patch("jobs.pool_settings.pool_settings", lambda *_: replace(settings)),
         mock.patch("jobs.ray_actors.RayActors", lambda *_: InstantActors(per_wait)),
     ):
         yield

@@ -2,10 +2,10 @@
 the tests of the same process know nothing of: `python decode_nodes_go.py FOLDER rates|change|drain`, with checkpoint/
 and shards/ in FOLDER. Prints one line of JSON.
 
-rates: two runs, with one node that decodes and with two. change: one, later another, which is then killed. drain: two,
-of which one is told that it will go. Simulated: the GPU, which takes 1 ms an image, and what decoding costs:
-IMAGE_S asleep for each (slow_decode.py), two images at once on a node, since two real cores could not show the gain of
-two nodes. All else is real.
+rates: two runs, with one node that decodes and with two. change: one, later another, for whose work the first waits and
+which is then killed. drain: two, of which one is told that it will go. Simulated: the GPU, which takes 1 ms an image,
+and what decoding costs: IMAGE_S asleep for each (slow_decode.py), two images at once on a node, since two real cores
+could not show the gain of two nodes. All else is real.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jobs.config import check
 from jobs.tokenize_config import TokenizeConfig
 from jobs.tokenize_dataset import run_tokenize
 from nodes_go import drain, kill
+from slow_decode import GATE_AFTER
 
 BATCH, GPU_S = 10, 0.001
 IMAGE_S = 0.02
@@ -91,6 +92,11 @@ class Run(threading.Thread):
         return time.time()
 
 
+def gate(folder: Path, what: str) -> Path:
+    """The first node goes on once this file is there."""
+    return folder / f"{what}.gate"
+
+
 def rates(cluster: Cluster, folder: Path, decoding: Decoding) -> dict[str, Any]:
     found = {}
     for number in (1, 2):
@@ -107,11 +113,12 @@ def change(cluster: Cluster, folder: Path, decoding: Decoding) -> dict[str, Any]
     cluster.add_node(**DECODES)
     cluster.wait_for_nodes()
     (run := Run(folder, "change", cluster.address)).start()
-    run.wait_until(lambda: len(decoding.images()) > 30)
+    run.wait_until(lambda: len(decoding.images()) >= GATE_AFTER)
     comes = cluster.add_node(**DECODES)
     at_work = run.wait_until(lambda: decoding.by_node().get(comes.node_id, 0) > 30)
     kill(comes)
     killed = time.time()
+    gate(folder, "change").touch()
     run.join()
     after = {node: number - decoding.by_node(killed).get(node, 0) for node, number in decoding.by_node().items()}
     return {
@@ -143,6 +150,7 @@ def main(folder: Path, what: str) -> None:
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "SLOW_DECODE_S": str(IMAGE_S),
             "SLOW_DECODE_LOG": str(log),
+            **({"SLOW_DECODE_GATE": str(gate(folder, what))} if what == "change" else {}),
         },
         "worker_process_setup_hook": "slow_decode.install",
     }

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from jobs.cluster import GCS_TIMEOUT_S
 from jobs.pool_settings import PoolSettings
 from jobs.ray_actors import Answer, Died, Outcome, Raised, Unreachable
 from jobs.tokenize_actor import SignOfLife
@@ -132,7 +133,10 @@ class SimulatedActors:
         return call.outcome
 
     def draining_nodes(self) -> Collection[str] | None:
-        return None if self.time < self.headless_until else self.draining
+        if self.time < self.headless_until:
+            self.time += GCS_TIMEOUT_S
+            return None
+        return self.draining
 
     def fitting(self) -> int:
         return self.room

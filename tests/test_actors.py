@@ -115,6 +115,27 @@ def test_a_head_that_was_away_for_a_moment_is_no_reason_to_stop() -> None:
     assert attempts_of(run(actors, "abcdefgh")) == dict.fromkeys("abcdefgh", 1)
 
 
+def test_one_lost_answer_after_a_driver_was_held_up_is_no_reason_to_stop() -> None:
+    actors = SimulatedActors(seconds=lambda task, attempt: 15.0)
+
+    def held_up_once() -> None:
+        if 20 < actors.time < 45:
+            actors.time += 45
+            actors.headless_until = actors.time + 3
+
+    with ActorPool(actors, settings(2), actors.now) as pool:
+        done = list(pool.run(Dispatch(tasks("abcdefgh"), attempts=1, in_flight_limit=2), held_up_once))
+    assert len(done) == 8 and actors.headless_until > 65
+
+
+def test_actors_are_given_work_while_the_head_is_silent() -> None:
+    """A shard a second, for the 20 seconds in which nothing is heard of it."""
+    actors = SimulatedActors()
+    actors.accidents = [(10.0, headless(20.0))]
+    run(actors, [f"s{n}" for n in range(60)], num_actors=1, in_flight=1)
+    assert sum(10 <= when < 30 for when, _, _ in actors.given) >= 10
+
+
 def test_a_straggler_is_left_alone_as_long_as_there_is_other_work() -> None:
     actors = SimulatedActors(seconds=slow_at_first("a", 60.0))
     run(actors, [*"abcdefgh", *(f"more-{n}" for n in range(30))], num_actors=2, in_flight=1)

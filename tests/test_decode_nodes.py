@@ -67,7 +67,7 @@ def assert_whole(output: Path, num_shards: int = NUM_SHARDS) -> None:
     assert folder_bytes(output / "tokens") == folder_bytes(output.parent / "calm" / "tokens")
 
 
-@pytest.mark.slow  # the second node must join before the first is through, which no slow machine promises
+@pytest.mark.slow
 def test_a_decode_node_that_joins_in_mid_run_is_used_and_one_that_dies_is_survived(folder: Path) -> None:
     report = run(folder, "change")
     assert report["code"] == 0, report["said"]
@@ -100,4 +100,4 @@ def test_a_decode_node_that_is_told_to_go_gets_no_more_and_nothing_is_decoded_tw
     assert_whole(folder / "drain")
     assert sum(report["nodes"].values()) == NUM_SHARDS * IMAGES
     assert report["worked_on_s"] < 2 * IMAGES * IMAGE_S + 2, "it got another shard"
-    assert "the cluster that decodes has changed: 2 shards in flight for each actor" in report["said"]
+    assert "the cluster that decodes has changed" not in report["said"], "as much as before is asked for"

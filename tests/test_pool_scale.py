@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.actors import ActorPool
 from jobs.dispatch import Dispatch, Work
+from jobs.tokenize_config import RaySettings
 from pipeline.plan import ShardTask
 from pipeline.records import ObjectInfo, ShardResult
 from simulated_actors import Actor, Call, SimulatedActors, settings
@@ -65,19 +66,39 @@ def test_a_cluster_that_shrank_gets_no_actor_in_place_of_one_that_is_pending() -
     assert len(actors.actors) == 2
 
 
-def test_machines_that_decode_come_and_go_and_each_actor_has_more_shards_in_flight_or_fewer() -> None:
-    def each(number: int) -> Callable[[SimulatedActors], None]:
-        return lambda world: setattr(world, "each", number)
+def each(when: float, number: int) -> tuple[float, Callable[[SimulatedActors], None]]:
+    """So many shards for each actor befit the cluster from then on."""
+    return when, lambda world: setattr(world, "each", number)
 
-    def most_open(begin: float, end: float) -> int:
-        """At once, each for four seconds."""
-        times = [when for when, _, _ in actors.given]
-        return max(sum(when - 4 < other <= when for other in times) for when in times if begin < when < end)
 
+def most_open(actors: SimulatedActors, begin: float, end: float) -> int:
+    """At once, each for four seconds."""
+    times = [when for when, _, _ in actors.given]
+    return max(sum(when - 4 < other <= when for other in times) for when in times if begin < when < end)
+
+
+def run_following(actors: SimulatedActors, number: int, num_actors: int = 1, *, elastic: bool = False) -> None:
+    chosen = replace(settings(num_actors), elastic=elastic, follows=RaySettings())
+    with ActorPool(actors, chosen, actors.now) as pool:
+        assert len(list(pool.run(Dispatch(tasks(number), attempts=1, in_flight_limit=2)))) == number
+
+
+def test_machines_that_decode_come_and_each_actor_has_more_shards_in_flight_and_what_one_took_along_is_asked_for() -> (
+    None
+):
     actors = SimulatedActors(seconds=lambda task, attempt: 4.0)
-    actors.accidents = [(20.0, each(6)), (60.0, each(3))]
-    run(actors, 150, elastic=False)
-    assert (most_open(8, 20), most_open(35, 60), most_open(75, 90)) == (2, 6, 3)
+    actors.accidents = [each(20.0, 6), each(60.0, 3)]
+    run_following(actors, 150)
+    assert [most_open(actors, *span) for span in ((8, 20), (35, 60), (75, 90))] == [2, 6, 6]
+
+
+def test_actors_that_come_share_what_can_be_decoded_and_ask_for_no_more() -> None:
+    """Twelve at once, for one actor or for four; then a place for half of them goes."""
+    actors = SimulatedActors(seconds=lambda task, attempt: 4.0)
+    actors.accidents = [each(5.0, 12), room_from(30.0, 4), each(30.0, 3), each(60.0, 1)]
+    run_following(actors, 300, elastic=True)
+    assert len(actors.actors) == 4
+    assert [most_open(actors, *span) for span in ((20, 30), (50, 60), (75, 90))] == [12, 12, 12]
 
 
 class Pending(SimulatedActors):

@@ -14,6 +14,7 @@ from jobs.config import check
 from jobs.pool_settings import PoolSettings, pool_settings, store_bytes
 from jobs.tokenize_config import TokenizeConfig
 from jobs.waiting import Waiting
+from pipeline.errors import RunHeld
 
 HEAD = {"CPU": 0.0}
 GPU_NODE = {"CPU": 16.0, "GPU": 2.0}
@@ -61,12 +62,12 @@ class Place:
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PoolSettings]:
-    def choose(cluster: Cluster, **ray: Any) -> PoolSettings:
+    def choose(cluster: Cluster, look: Callable[[], None] = lambda: None, **ray: Any) -> PoolSettings:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         monkeypatch.setattr(module, "ray", cluster)
         monkeypatch.setattr(module, "time", cluster)
         monkeypatch.setattr(module, "describe_resources", lambda: "nothing")
-        return pool_settings(config(**ray), 1000)
+        return pool_settings(config(**ray), 1000, look)
 
     return choose
 
@@ -94,6 +95,17 @@ def test_who_waited_in_vain_for_a_node_is_told_so_at_once_and_not_after_another_
     now = 1.0
     with pytest.raises(ClusterError, match=r"no actor could start within 300 s \(ray\.wait_s\)"):
         waiting.check(any_ready=False, last_loss="")
+
+
+def test_a_driver_that_lost_its_run_while_it_waits_for_a_node_ends(on: Callable[..., PoolSettings]) -> None:
+    def look() -> None:
+        if cluster.time > 25:
+            raise RunHeld("another driver has it")
+
+    cluster = Cluster(HEAD, later=GPU_NODE, after_s=120.0)
+    with pytest.raises(RunHeld):
+        on(cluster, look, address="auto", gpus_per_actor=1, num_actors=8)
+    assert (cluster.time, cluster.cancelled) == (30.0, 8)
 
 
 def test_where_there_is_room_or_no_hope_nobody_waits(on: Callable[..., PoolSettings]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from jobs.metrics_tokenize import TokenizeMetrics
 from jobs.metrics_train import TrainMetrics
 from jobs.progress import JobProgress
 from jobs.recording import Recording
+from jobs.submit import submission_id
 from jobs.tokenize_actor import CountedDecoder
+from jobs.tokenize_config import TokenizeConfig
+from jobs.tokenize_dataset import run_tokenize
 from jobs.train_progress import Status, StepProgress
-from make_data import listed
-from make_run import write_shard
+from make_data import listed, write_checkpoint
+from make_run import run_config, write_shard
 from pipeline.decode_shard import DecodeJob, ThreadDecoder
 from pipeline.errors import RunHeld
 from pipeline.images import ImageSpec
+from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.output import OutputPrefix
 from pipeline.plan import Plan, ShardTask
@@ -56,9 +61,9 @@ class Kept:
         assert METRICS[name].kind == "histogram"
         self.seen[name].append(value)
 
-    def by_label(self, name: str) -> dict[str, float]:
+    def by_label(self, name: str, *, zeros: bool = False) -> dict[str, float]:
         both = {**self.sums, **self.gauges}
-        return {key[1]: value for key, value in both.items() if key[0] == name and value}
+        return {key[1]: value for key, value in both.items() if key[0] == name and (value or zeros)}
 
 
 def test_a_runs_label_has_its_name_and_no_secret() -> None:
@@ -67,6 +72,12 @@ def test_a_runs_label_has_its_name_and_no_secret() -> None:
     assert label == run_label("s3://another:one@host/bucket/laion-tokens")
     assert label != run_label("s3://host/other-bucket/laion-tokens")
     assert len(run_label("s3://host/" + "x" * 500)) < 60
+
+
+@pytest.mark.parametrize("spelt", ["s3://b/out/", "s3a://b/out", "s3://key:secret@b/out"])
+def test_a_run_has_one_label_however_its_output_is_spelt_and_its_job_the_same(spelt: str) -> None:
+    assert run_label(spelt) == run_label("s3://b/out")
+    assert run_label(spelt).rpartition("-")[2] == submission_id("tokenize", spelt).rpartition("-")[2]
 
 
 def test_figures_that_cannot_be_told_are_said_once_and_end_nothing(
@@ -140,6 +151,41 @@ def test_what_a_driver_tells_is_what_became_of_its_shards(tmp_path: Path, caplog
     assert sum(kept.by_label("tokenize_actors").values()) == 2
     assert kept.seen["tokenize_shard_seconds"] == [1.0] * 8
     assert kept.gauges["tokenize_failed_share",] == recording.totals.failed_share == 8 / 88
+
+
+def test_a_run_that_waits_for_its_first_node_tells_that_it_has_no_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the alert for that asks for, and its lease is looked at meanwhile."""
+    write_shard(tmp_path / "shards" / "a.tar", 0, "++")
+    kept, held_up = Kept(), []
+    config = run_config(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "shards", tmp_path / "out")
+
+    def no_node(config: TokenizeConfig, num_shards: int, look: Callable[[], None]) -> None:
+        look()
+        held_up.append({name: kept.by_label(name, zeros=True) for name in ("tokenize_actors", "tokenize_shards")})
+        look()
+
+    def check(lease: Lease) -> None:
+        if held_up:
+            raise RunHeld("another driver has it")
+
+    monkeypatch.setattr(Lease, "check", check)
+    monkeypatch.setattr("jobs.cluster.connected", lambda *_: nullcontext())
+    monkeypatch.setattr("jobs.metrics.RayMeters", lambda url: kept)
+    monkeypatch.setattr("jobs.pool_settings.pool_settings", no_node)
+    with pytest.raises(RunHeld):
+        run_tokenize(config, "dvae")
+    assert held_up == [{"tokenize_actors": {"ready": 0}, "tokenize_shards": {"waiting": 1}}]
+
+
+def test_the_neighbours_of_a_shard_that_hangs_are_no_shards_that_hang() -> None:
+    actors = SimulatedActors(nature=lambda task: "hangs" if task.shard.url == "h" else "good", seconds=lambda *_: 30.0)
+    tasks = [ShardTask(ObjectInfo(name, 100, "e"), f"{name}.parquet") for name in "abchdefg"]
+    with ActorPool(actors, settings(1, 4, deadline_s=40.0), actors.now) as pool:
+        outcomes = list(pool.run(Dispatch(tasks, attempts=1, in_flight_limit=4)))
+    assert len(outcomes) == 8 and pool.lost_actors == {"shard_timed_out": 1}
+    assert pool.failed_attempts == {"shard_timed_out": 1, "actor_away": 3}
 
 
 def test_an_hour_of_silence_is_told_while_nothing_ends(tmp_path: Path) -> None:

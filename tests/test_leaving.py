@@ -1,0 +1,45 @@
+"""Ends that never come, of a cluster or of a process, are waited for a stated time."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from jobs import cluster
+from jobs.cluster import connected
+
+PROGRAM = """
+import atexit, sys, threading
+from jobs.leaving import end_in_time, exit_process
+atexit.register(threading.Event().wait, float(sys.argv[1]))
+end_in_time(threading.Event().wait if sys.argv[2] == "stuck" else print, 0.1)
+print("the last word")
+exit_process(3)
+"""
+
+
+@pytest.mark.parametrize(("at_exit_s", "ending"), [("600", "stuck"), ("0", "ends")])
+def test_a_process_ends_with_its_code_and_its_last_word_whatever_is_stuck(at_exit_s: str, ending: str) -> None:
+    """As Ray's own farewell at the exit is, when its head is frozen."""
+    command = [sys.executable, "-c", PROGRAM, at_exit_s, ending]
+    ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.strip()) == (3, "the last word"), ended.stderr
+
+
+def test_a_cluster_that_never_answers_to_a_farewell_is_left_without_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(cluster, "_connect", lambda *_: None)
+    monkeypatch.setattr(cluster, "FAREWELL_S", 0.1)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: answers.wait(60))
+    with caplog.at_level(logging.WARNING), connected("10.0.0.1:6379"):
+        pass
+    assert "left without one" in caplog.text and not answers.is_set()
+    answers.set()
