@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs.command_line import say
 from jobs.config import ConfigError, Section, load_config
 from jobs.job_log import LogView, follow
-from jobs.job_package import collect
+from jobs.job_package import JobPackage, collect
 from jobs.job_server import JobServer, SubmitError
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
@@ -43,11 +44,18 @@ def run_submit(
     env_vars = _environment(names)
     server = JobServer.connect(address)
     there = _below_here(config)
+    package = collect(Path.cwd(), there)
     entrypoint = shlex.join(["dvae", kind, there, *overrides])
-    name = _running(server, submission_id(kind, output), entrypoint)
+    base, jobs = submission_id(kind, output), server.jobs()
+    # The number is of the very listing in which none of them runs: of two that submit at once, both take the same one.
+    name = _running(jobs, base, entrypoint)
     if name is None:
-        name = _send(server, submission_id(kind, output), entrypoint, there, env_vars, output)
-    return follow(server, name, LogView()) if wait else 0
+        name = _next_name(jobs, base)
+        _send(server, name, entrypoint, package, env_vars, output)
+    if wait:
+        return follow(server, name, LogView())
+    say(f"to follow it: dvae jobs logs {name} --follow; to stop it: dvae jobs stop {name}")
+    return 0
 
 
 def submission_id(kind: str, output: str) -> str:
@@ -56,29 +64,31 @@ def submission_id(kind: str, output: str) -> str:
     return f"dvae-{kind}-{hashlib.sha256(public_url(normalize(output)).encode()).hexdigest()[:8]}"
 
 
-def _running(server: JobServer, base: str, entrypoint: str) -> str | None:
-    for job in server.jobs():
+def _running(jobs: Iterable[Any], base: str, entrypoint: str) -> str | None:
+    for job in jobs:
         if _number(job.submission_id, base) and not job.status.is_terminal():
-            say(f"{job.submission_id} is running already; following it")
+            say(f"{job.submission_id} is running already")
             if job.entrypoint != entrypoint:
                 say(f"  it runs another line: {job.entrypoint}\n  to run yours: dvae jobs stop {job.submission_id}")
             return str(job.submission_id)
     return None
 
 
-def _send(server: JobServer, base: str, entrypoint: str, config: str, env_vars: dict[str, str], output: str) -> str:
-    """The name that it got."""
-    package = collect(Path.cwd(), config)
-    number = max((_number(job.submission_id, base) for job in server.jobs()), default=0) + 1
-    name = base if number == 1 else f"{base}-{number}"
+def _next_name(jobs: Iterable[Any], base: str) -> str:
+    number = max((_number(job.submission_id, base) for job in jobs), default=0) + 1
+    return base if number == 1 else f"{base}-{number}"
+
+
+def _send(
+    server: JobServer, name: str, entrypoint: str, package: JobPackage, env_vars: dict[str, str], output: str
+) -> None:
     with tempfile.TemporaryDirectory(prefix="dvae-submit-") as folder:
         archive = Path(folder) / "job.zip"
         package.write(archive)
         if server.submit(name, entrypoint, archive, env_vars, {"output": public_url(normalize(output))}):
             say(f"submitted {name} with {package.describe()}: {entrypoint}")
         else:
-            say(f"{name} was submitted at this moment by another; following it")
-    return name
+            say(f"{name} was submitted at this moment by another")
 
 
 def _number(name: str, base: str) -> int:

@@ -47,7 +47,7 @@ class Client:
 
     def submit_job(self, **job: Any) -> None:
         assert Path(job["runtime_env"]["working_dir"]).read_bytes()[:2] == b"PK"
-        if self.taken:
+        if self.taken or job["submission_id"] in {each.submission_id for each in self.jobs}:
             raise RuntimeError(
                 "Request failed with status code 400: Traceback (most recent call last):\n  File …\n"
                 f"ValueError: Job with submission_id {job['submission_id']} already exists. Please use a different …"
@@ -116,7 +116,35 @@ def test_of_two_that_submit_at_once_the_second_follows_the_first(
 ) -> None:
     cluster(taken=True)
     assert send() == 0
-    assert f"{BASE} was submitted at this moment by another" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{BASE} was submitted at this moment by another" in said and f"dvae jobs logs {BASE} --follow" in said
+
+
+@pytest.mark.parametrize("step", ["collect", "JobPackage.write"])
+def test_one_that_submits_while_another_packs_its_files_gets_no_job_of_its_own(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Both would write to one output, and the second would fail on the lease of the first."""
+    client = cluster(job(BASE, JobStatus.FAILED))
+    owner, name = (submit.JobPackage, "write") if step == "JobPackage.write" else (submit, "collect")
+    pack = getattr(owner, name)
+
+    def pack_slowly(*arguments: Any) -> Any:
+        client.jobs.append(job(f"{BASE}-2", JobStatus.PENDING))
+        return pack(*arguments)
+
+    monkeypatch.setattr(owner, name, pack_slowly)
+    assert send() == 0 and client.sent == []
+
+
+def test_who_does_not_wait_is_told_how_to_follow_and_not_that_somebody_does(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for jobs in ((), (job(BASE),)):
+        cluster(*jobs)
+        assert send() == 0
+        said = capsys.readouterr().err
+        assert f"dvae jobs logs {BASE} --follow" in said and "following" not in said
 
 
 def test_what_is_wrong_is_said_before_anything_is_sent(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
