@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def run_submit(
         raise ConfigError(f"{kind!r} cannot be submitted: name one of {', '.join(KINDS)}")
     settings = load_config(KINDS[kind], config, overrides)
     output = str(getattr(settings, "output"))  # noqa: B009 - each kind has one
-    _refuse_relative(output)
+    _refuse_relative(settings)
     _refuse_secrets([config, *overrides])
     env_vars = _environment(names)
     server = JobServer.connect(address)
@@ -121,19 +121,33 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
             )
 
 
-def _refuse_relative(output: str) -> None:
-    if is_local(output) and "://" not in output and not Path(output).is_absolute():
-        raise SubmitError(
-            f"output {output} is a relative path: on the cluster it would lie in the job's temporary folder; "
-            "give a URL, or an absolute path on storage that all nodes share"
-        )
+def _refuse_relative(settings: Section) -> None:
+    for name, url in _places(settings):
+        if is_local(url) and "://" not in url and not Path(url).is_absolute():
+            raise SubmitError(
+                f"{name} {url} is a relative path: on the cluster it would be looked for in the job's temporary "
+                "folder; give a URL, or an absolute path on storage that all nodes share"
+            )
+
+
+def _places(settings: Section) -> Iterator[tuple[str, str]]:
+    """What a job reads and writes, by the names of the settings."""
+    if isinstance(settings, TokenizeConfig):
+        yield from (("output", settings.output), ("checkpoint", settings.checkpoint))
+        yield from (("shards", url) for url in settings.shards)
+    if isinstance(settings, TrainConfig):
+        yield "output", settings.output
+        yield from (("data.train_shards", url) for url in settings.data.train_shards)
+        yield from (("data.val_shards", url) for url in settings.data.val_shards)
 
 
 def _below_here(config: str) -> str:
-    """The path that the file has on the cluster, where the current folder is the working directory."""
+    """The path that the file has on the cluster, where the current folder is the working directory. It may be a link to
+    a file anywhere: as of other links, the file is sent."""
     if "://" in config:
         return config
+    path = Path(config)
     try:
-        return Path(config).resolve().relative_to(Path.cwd().resolve()).as_posix()
+        return (path.parent.resolve() / path.name).relative_to(Path.cwd()).as_posix()
     except ValueError as error:
         raise SubmitError(f"{config} lies outside {Path.cwd()}, whose files are sent") from error

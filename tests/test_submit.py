@@ -69,7 +69,7 @@ Cluster = Callable[..., Client]
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """Connects all commands to such a server; the current folder has a `t.yaml`."""
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    (tmp_path / "t.yaml").write_text("checkpoint: s3://a\nshards: s3://b\noutput: s3://c\n")
     monkeypatch.chdir(tmp_path)
 
     def connected(*jobs: Any, **options: Any) -> Client:
@@ -86,9 +86,9 @@ def send(*overrides: str, kind: str = "tokenize", config: str = "t.yaml", names:
 
 def test_the_cluster_runs_the_line_that_a_person_types_with_time_to_stop_in(cluster: Cluster) -> None:
     client = cluster()
-    assert send("batch_size=4", "shards=[a b.tar, c.tar]") == 0
+    assert send("batch_size=4", "shards=[s3://a b.tar, s3://c.tar]") == 0
     (sent,) = client.sent
-    assert sent["entrypoint"] == "dvae tokenize t.yaml batch_size=4 'shards=[a b.tar, c.tar]'"
+    assert sent["entrypoint"] == "dvae tokenize t.yaml batch_size=4 'shards=[s3://a b.tar, s3://c.tar]'"
     assert sent["submission_id"] == BASE and sent["metadata"] == {"output": "s3://c"}
     assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "660"}
 
@@ -160,11 +160,30 @@ def test_what_is_wrong_is_said_before_anything_is_sent(cluster: Cluster, monkeyp
     assert client.sent == []
 
 
-@pytest.mark.parametrize("output", ["runs/tokens", "./c", "../c"])
-def test_an_output_in_the_jobs_own_folder_is_refused_before_anything_is_sent(cluster: Cluster, output: str) -> None:
+@pytest.mark.parametrize("place", ["output=c", "output=./c", "checkpoint=runs/dvae", "shards=[s3://a, in/*.tar]"])
+def test_a_place_in_the_jobs_own_folder_is_refused_before_anything_is_sent(cluster: Cluster, place: str) -> None:
+    client = cluster()
+    with pytest.raises(SubmitError, match=r"^(output|checkpoint|shards) \S+ is a relative path: .* give a URL, or an"):
+        send(place)
+    assert client.sent == []
+
+
+@pytest.mark.parametrize("name", ["train_shards", "val_shards"])
+def test_so_is_one_of_a_training(cluster: Cluster, name: str) -> None:
     cluster()
-    with pytest.raises(SubmitError, match="give a URL, or an absolute path on storage that all nodes share"):
-        send(f"output={output}")
+    Path("train.yaml").write_text("output: s3://c\ndata: {train_shards: s3://a, val_shards: /shared/b}\n")
+    assert send(kind="train", config="train.yaml") == 0
+    with pytest.raises(SubmitError, match=rf"^data\.{name} in/\*\.tar is a relative path"):
+        send(f"data.{name}=in/*.tar", kind="train", config="train.yaml")
+
+
+def test_a_configuration_that_is_a_link_is_sent_as_other_links_are(cluster: Cluster, tmp_path: Path) -> None:
+    client = cluster()
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "mine.yaml").symlink_to(tmp_path / "t.yaml")
+    os.chdir(tmp_path / "job")
+    assert send(config="mine.yaml") == 0
+    assert client.sent[0]["entrypoint"] == "dvae tokenize mine.yaml"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +272,7 @@ def test_errors_of_the_jobs_server_are_one_line(cluster: Cluster, monkeypatch: p
 
 
 def test_a_misspelt_option_is_named_and_taken_for_no_override(tmp_path: Path) -> None:
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    (tmp_path / "t.yaml").write_text("checkpoint: s3://a\nshards: s3://b\noutput: s3://c\n")
     command = [sys.executable, "-m", "jobs.cli", "submit", "tokenize", "t.yaml", "batch_size=4", "--adress", "http://h"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--adress" in done.stderr and "override" not in done.stderr
