@@ -19,6 +19,7 @@ from jobs.cluster_jobs import run_list, run_logs, run_stop
 from jobs.config import ConfigError
 from jobs.job_server import JobServer, SubmitError
 from jobs.submit import run_submit, submission_id
+from web_server import serve
 
 BASE = submission_id("tokenize", "s3://c")
 
@@ -229,6 +230,16 @@ def test_variables_go_by_name_and_secrets_do_not(cluster: Cluster, monkeypatch: 
 def test_an_address_that_is_no_dashboards_is_refused_at_once(address: str) -> None:
     with pytest.raises(SubmitError, match=f"{address} is no address of a Jobs server: .* http://HEAD:8265"):
         JobServer.connect(address)
+
+
+@pytest.mark.parametrize("page", [{}, {"do_GET": lambda request: request.send_error(404)}])
+def test_a_server_that_is_not_rays_is_told_from_one_and_the_port_is_named(page: dict[str, Any]) -> None:
+    with serve(**page) as web:
+        address = web.removesuffix("/x.tar")
+        with pytest.raises(
+            SubmitError, match=f"^what answers at {address} is no Ray Jobs server: .* http://HEAD:8265$"
+        ):
+            JobServer.connect(address)
 
 
 def test_no_address_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
