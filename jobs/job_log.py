@@ -104,8 +104,8 @@ class LogView:
         if not self._console.is_terminal:
             sys.stdout.write(shown + "\n")
             sys.stdout.flush()
-        elif PROGRESS_LINE.fullmatch(shown):
-            self._progress(Text(shown, style="bold", no_wrap=True, overflow="ellipsis"))
+        elif found := PROGRESS_LINE.fullmatch(shown):
+            self._progress(Text(found[1], style="bold", no_wrap=True, overflow="ellipsis"))
         else:
             self._console.print(Text(shown))
 

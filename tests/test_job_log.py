@@ -148,9 +148,21 @@ def test_on_a_terminal_progress_is_one_line_below_the_others(monkeypatch: pytest
         view.write(f"{note}\n{half}\nsecond note\n{whole}\n[red]third[/] \x1b]0;title\x07 note")
     shown = screen.getvalue()
     clear = "\r\x1b[2K"
+    half, whole = (PROGRESS_LINE.fullmatch(line)[1] for line in (half, whole))  # type: ignore[index]
     assert f"{clear}second note\n" in shown, "it takes the place of the progress, which is drawn again below it"
     assert shown.index(half) < shown.index("second note") < shown.rindex(whole)
     assert "[red]third[/] \N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER} note" in shown
+
+
+def test_the_time_left_is_seen_on_a_terminal_of_usual_width() -> None:
+    line = (
+        "2026-11-23 13:05:08,123 INFO shards 8123 of 10000, 8,123,456 images, 1,234 images/s, 12 failed, "
+        "encoder busy 41%: it waits for pixels, 6 min left"
+    )
+    screen = io.StringIO()
+    with LogView(Console(file=screen, force_terminal=True, width=120, highlight=False)) as view:
+        view.write(line + "\n")
+    assert "it waits for pixels, 6 min left" in screen.getvalue()
 
 
 def test_where_nobody_looks_the_log_is_left_as_it_is_but_for_secrets(
