@@ -22,7 +22,7 @@ AGENT_WAIT_S = 60.0
 TIMEOUT_S = (10.0, 120.0)  # to connect; between two bytes of an answer
 for _chatty in ("dashboard_sdk", "job.sdk"):  # they tell of packages and of connections that are closed
     logging.getLogger(f"ray.dashboard.modules.{_chatty}").setLevel(logging.WARNING)
-STOPPED, SUCCEEDED = JobStatus.STOPPED, JobStatus.SUCCEEDED
+PENDING, STOPPED, SUCCEEDED = JobStatus.PENDING, JobStatus.STOPPED, JobStatus.SUCCEEDED
 
 
 class SubmitError(PipelineError):

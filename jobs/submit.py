@@ -51,7 +51,9 @@ def run_submit(
     name = _running(jobs, base, entrypoint)
     if name is None:
         name = _next_name(jobs, base)
-        _send(server, name, entrypoint, package, env_vars, output)
+        again = shlex.join(["dvae", "submit", kind, there, *overrides, *(f"--env={each}" for each in names)])
+        about = {"output": public_url(normalize(output)), "submit": again}
+        _send(server, name, entrypoint, package, env_vars, about)
     if wait:
         return follow(server, name, LogView())
     say(f"to follow it: dvae jobs logs {name} --follow; to stop it: dvae jobs stop {name}")
@@ -80,12 +82,12 @@ def _next_name(jobs: Iterable[Any], base: str) -> str:
 
 
 def _send(
-    server: JobServer, name: str, entrypoint: str, package: JobPackage, env_vars: dict[str, str], output: str
+    server: JobServer, name: str, entrypoint: str, package: JobPackage, env_vars: dict[str, str], about: dict[str, str]
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="dvae-submit-") as folder:
         archive = Path(folder) / "job.zip"
         package.write(archive)
-        if server.submit(name, entrypoint, archive, env_vars, {"output": public_url(normalize(output))}):
+        if server.submit(name, entrypoint, archive, env_vars, about):
             say(f"submitted {name} with {package.describe()}: {entrypoint}")
         else:
             say(f"{name} was submitted at this moment by another")

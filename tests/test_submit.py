@@ -25,10 +25,14 @@ BASE = submission_id("tokenize", "s3://c")
 
 
 def job(name: str | None, status: JobStatus = JobStatus.RUNNING, **changes: Any) -> Any:
-    values = {"entrypoint": "dvae tokenize t.yaml", "start_time": 1_700_000_000_000, "end_time": None, "message": ""}
-    return SimpleNamespace(
-        submission_id=name, status=status, driver_exit_code=None, metadata={"output": "s3://c"}, **{**values, **changes}
-    )
+    values: dict[str, Any] = {
+        "entrypoint": "dvae tokenize t.yaml",
+        "start_time": 1_700_000_000_000,
+        "end_time": None,
+        "message": "",
+    }
+    values |= {"submission_id": name, "status": status, "driver_exit_code": None, "metadata": {"output": "s3://c"}}
+    return SimpleNamespace(**{**values, **changes})
 
 
 class Client:
@@ -61,7 +65,7 @@ class Client:
         return True
 
     def get_job_logs(self, name: str) -> str:
-        return "begun\n" + "stopped; go on with\n" * bool(self.asked)
+        return "begun\n"
 
 
 Cluster = Callable[..., Client]
@@ -87,10 +91,11 @@ def send(*overrides: str, kind: str = "tokenize", config: str = "t.yaml", names:
 
 def test_the_cluster_runs_the_line_that_a_person_types_with_time_to_stop_in(cluster: Cluster) -> None:
     client = cluster()
+    line = "tokenize t.yaml batch_size=4 'shards=[s3://a b.tar, s3://c.tar]'"
     assert send("batch_size=4", "shards=[s3://a b.tar, s3://c.tar]") == 0
     (sent,) = client.sent
-    assert sent["entrypoint"] == "dvae tokenize t.yaml batch_size=4 'shards=[s3://a b.tar, s3://c.tar]'"
-    assert sent["submission_id"] == BASE and sent["metadata"] == {"output": "s3://c"}
+    assert sent["entrypoint"] == f"dvae {line}" and sent["submission_id"] == BASE
+    assert sent["metadata"] == {"output": "s3://c", "submit": f"dvae submit {line}"}
     assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "660"}
 
 
@@ -209,6 +214,7 @@ def test_variables_go_by_name_and_secrets_do_not(cluster: Cluster, monkeypatch: 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
     assert send(names=("AWS_ENDPOINT_URL",)) == 0
     assert client.sent[0]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    assert client.sent[0]["metadata"]["submit"] == "dvae submit tokenize t.yaml --env=AWS_ENDPOINT_URL"
     for name in ("AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY", "STORE"):
         monkeypatch.setenv(name, "http://me:s3cret@minio:9000")
         with pytest.raises(SubmitError, match=f"--env {name}: .* looks like a secret") as refused:
@@ -305,14 +311,33 @@ def test_jobs_are_listed_as_a_table_and_as_json(cluster: Cluster, capsys: pytest
     assert run_list(None, as_json=False) == 0 and "no job" in capsys.readouterr().out
 
 
-def test_a_job_that_was_stopped_has_said_goodbye(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    client = cluster(job(BASE))
+def test_a_job_that_was_stopped_has_said_goodbye_and_the_line_that_goes_on_is_one_for_here(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = cluster(job(BASE, metadata={"output": "s3://c", "submit": "dvae submit tokenize t.yaml --env=X"}))
+    logs = ["before\n" * 1000 + "stopped; go on with\n"]  # it is fetched once
+    monkeypatch.setattr(client, "get_job_logs", lambda name: logs.pop())
     assert run_stop(BASE, None) == 0
     said = capsys.readouterr()
-    assert client.asked == [BASE] and said.out == "stopped; go on with\n", "only what is new of its log"
-    assert f"{BASE}: STOPPED" in said.err
+    assert client.asked == [BASE] and said.out == "before\n" * 19 + "stopped; go on with\n"
+    assert "a training saves a checkpoint first" in said.err
+    assert f"{BASE}: STOPPED; it goes on from what is done with\n  dvae submit tokenize t.yaml --env=X\n" in said.err
     assert run_stop(BASE, None) == 0 and client.asked == [BASE]
     assert "ended already: STOPPED" in capsys.readouterr().err
+
+
+def test_a_job_that_has_not_started_is_stopped_without_the_promise_of_a_checkpoint(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending = job(BASE, JobStatus.PENDING, message="Job has not started yet.")
+    client = cluster(pending)
+    monkeypatch.setattr(client, "stop_job", lambda name: True)
+    monkeypatch.setattr(cluster_jobs, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(cluster_jobs.time, "sleep", lambda seconds: vars(pending).update(status=JobStatus.FAILED))
+    assert run_stop(BASE, None) == 0
+    said = capsys.readouterr().err
+    assert "it has not started" in said and "checkpoint" not in said
+    assert f"{BASE} waits to start: Job has not started yet. It stops then" in said
 
 
 def test_ctrl_c_while_a_job_stops_leaves_it_to_itself(
