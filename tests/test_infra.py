@@ -35,6 +35,7 @@ from infra_files import (
 from jobs import cli
 from jobs.config import load_config
 from jobs.decode_place import Node, decode_place, takes_tasks
+from jobs.submit import STOP_WAIT_S
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
 
@@ -176,6 +177,18 @@ def test_the_network_lets_in_nodes_submitters_operator_and_metrics_alone(overlay
     (submitter,) = (who["podSelector"]["matchLabels"] for who in visitors[0]["from"] if "namespaceSelector" not in who)
     for job in of_kind(overlay, "RayJob"):
         assert submitter.items() <= job["spec"]["submitterPodTemplate"]["metadata"]["labels"].items()
+
+
+@each_overlay
+def test_a_job_that_is_told_to_stop_has_as_long_as_a_submitted_one(overlay: Path) -> None:
+    (container,) = (one for one in pods(overlay)["head"]["containers"] if one["name"] == "ray-head")
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_WAIT_S)} in container["env"]
+
+
+@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.name)
+def test_so_has_one_on_cloud_machines(path: Path) -> None:
+    *_, start = yaml.safe_load(path.read_text())["head_start_ray_commands"]
+    assert f"RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S};" in start
 
 
 def gib(quantity: str) -> float:
