@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.command_line import say
-from jobs.job_log import INTERRUPTED, LogView, follow
-from jobs.job_server import JobServer, SubmitError
+from jobs.job_log import INTERRUPTED, SAY_EVERY_S, LogView, follow, goes_on, waits_to_start
+from jobs.job_server import PENDING, JobServer, SubmitError
 from jobs.wording import duration
 from pipeline.urls import public_text
 
 POLL_S = 0.5
-SAY_EVERY_S = 30.0
+LAST_WORDS = 20  # lines
 
 
 def run_list(address: str | None, *, as_json: bool) -> int:
@@ -46,31 +46,36 @@ def run_logs(name: str, address: str | None, *, to_the_end: bool) -> int:
 
 
 def run_stop(name: str, address: str | None) -> int:
-    """Ask the job to stop, wait until it has ended, and show what it said meanwhile. Raises SubmitError."""
+    """Ask the job to stop, wait until it has ended, and show its last words. Raises SubmitError."""
     server = JobServer.connect(address)
-    job, num_said = _known(server, name), len(server.log_so_far(name))
+    job = _known(server, name)
     if job.status.is_terminal() or not server.ask_to_stop(name):
         say(f"{name} has ended already: {_known(server, name).status.value}")
         return 0
-    say(f"{name} is asked to stop; a training saves a checkpoint first (Ctrl-C: do not wait for it)")
+    first = "it has not started" if job.status == PENDING else "a training saves a checkpoint first"
+    say(f"{name} is asked to stop; {first} (Ctrl-C: do not wait for it)")
     try:
         job = _wait(server, name)
     except KeyboardInterrupt:
         say(f"{name} goes on stopping by itself")
         return INTERRUPTED
     with LogView() as view:
-        view.write(server.log_so_far(name)[num_said:])
-    say(f"{name}: {job.status.value}; submitted again, it goes on from what is done")
+        view.write("\n".join(server.log_so_far(name).split("\n")[-LAST_WORDS - 1 :]))  # behind the last there is none
+    say(f"{name}: {job.status.value}; {goes_on(job)}")
     return 0
 
 
 def _wait(server: JobServer, name: str) -> Any:
-    """Ray kills it when it takes longer than it was given at its start."""
+    """Ray kills it when it takes longer than it was given at its start; one that has not started stops when it does, or
+    when Ray gives it up."""
     asked = said = time.monotonic()
     while not (job := _known(server, name)).status.is_terminal():
         if time.monotonic() - said >= SAY_EVERY_S:
             said = time.monotonic()
-            say(f"{name} has been stopping for {duration(said - asked)}")
+            if job.status == PENDING:
+                say(f"{waits_to_start(job)} It stops then, or when Ray gives it up")
+            else:
+                say(f"{name} has been stopping for {duration(said - asked)}")
         time.sleep(POLL_S)
     return job
 

@@ -16,15 +16,18 @@ from rich.live import Live
 from rich.text import Text
 
 from jobs.command_line import printable, say
-from jobs.job_server import STOPPED, SUCCEEDED, JobServer, ServerAway, SubmitError, in_one_line
+from jobs.job_server import PENDING, STOPPED, SUCCEEDED, JobServer, ServerAway, SubmitError, in_one_line
 from jobs.progress import PROGRESS_LINE
 from pipeline.urls import public_text
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130
 NO_SUCH_COMMAND = 127  # the shell's
+LOG_FOLLOWS = ", last available logs"  # in Ray's message of a job that failed
 RECONNECT_S = 2.0
-SILENCE_S = 120.0  # then the connection is made anew: it may be dead
+SILENCE_S = 600.0  # then the connection is made anew, which sends the whole log again: it may be dead
+SAY_EVERY_S = 30.0
+MOST_LINES = 1000  # of what was said before, on a terminal: a long run's log would take minutes to draw
 AWAY_S = 60.0  # a port-forward is soon there again, a head takes its time
 
 
@@ -54,14 +57,26 @@ def exit_code(job: Any) -> int:
     if job.status == SUCCEEDED:
         return 0
     if job.status == STOPPED:
-        say(f"{job.submission_id} was stopped; submitted again, it goes on from what is done")
+        say(f"{job.submission_id} was stopped; {goes_on(job)}")
         return INTERRUPTED
     code, message = job.driver_exit_code, str(job.message or "").strip()
-    # Where the command has run, the rest of the message is the end of the log, which is shown already.
-    say(f"{job.submission_id}: {job.status.value}: {message if code is None else in_one_line(RuntimeError(message))}")
+    if code is not None:  # the command has run: the rest of the message is the end of the log, which is shown already
+        message = in_one_line(RuntimeError(message.partition(LOG_FOLLOWS)[0]))
+    say(f"{job.submission_id}: {job.status.value}: {message}")
     if code == NO_SUCH_COMMAND:
         say("the cluster has no `dvae`: its image, or its machines, need this project installed")
     return code if code is not None and 0 < code < 256 else 1
+
+
+def goes_on(job: Any) -> str:
+    """How, after it was stopped. (The job's own goodbye names the line that ran there.)"""
+    line = (job.metadata or {}).get("submit")
+    return "it goes on from what is done " + (f"with\n  {line}" if line else "when it is submitted again")
+
+
+def waits_to_start(job: Any) -> str:
+    """Of a job whose files are not unpacked yet, or that has no place, as on a head without room."""
+    return f"{job.submission_id} waits to start: {in_one_line(RuntimeError(job.message or 'the cluster says no more'))}"
 
 
 class LogView:
@@ -70,6 +85,7 @@ class LogView:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
+        self.is_terminal = self._console.is_terminal
         self._rest = ""
         self._live: Live | None = None
 
@@ -87,6 +103,13 @@ class LogView:
             self._live.stop()
             self._live = None
 
+    def catch_up(self, text: str) -> None:
+        """What was said before anybody looked: its end."""
+        lines = text.split("\n")
+        if (too_many := len(lines) - MOST_LINES) > 0:
+            self.note(f"({too_many:,} lines before these: dvae jobs logs shows them)")
+        self.write("\n".join(lines[-MOST_LINES:]))
+
     def write(self, text: str) -> None:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
@@ -94,18 +117,18 @@ class LogView:
 
     def note(self, text: str) -> None:
         """A word of ours between the lines."""
-        if self._console.is_terminal:
+        if self.is_terminal:
             self._console.print(Text(printable(public_text(text))))
         else:
             say(text)
 
     def _line(self, line: str) -> None:
         shown = printable(public_text(line.rstrip("\r")))
-        if not self._console.is_terminal:
+        if not self.is_terminal:
             sys.stdout.write(shown + "\n")
             sys.stdout.flush()
-        elif PROGRESS_LINE.fullmatch(shown):
-            self._progress(Text(shown, style="bold", no_wrap=True, overflow="ellipsis"))
+        elif found := PROGRESS_LINE.fullmatch(shown):
+            self._progress(Text(found[1], style="bold", no_wrap=True, overflow="ellipsis"))
         else:
             self._console.print(Text(shown))
 
@@ -124,6 +147,9 @@ class _Follower:
     def until_the_end(self) -> Any:
         """The job, which has ended. What was still in a connection that broke just before is fetched once more."""
         had_ended = False
+        self._until_it_starts()
+        if self._view.is_terminal:
+            self._catch_up()
         while True:
             whole = asyncio.run(self._take())
             job = self._ask()
@@ -131,6 +157,23 @@ class _Follower:
                 return job
             had_ended = job.status.is_terminal()
             time.sleep(RECONNECT_S)
+
+    def _until_it_starts(self) -> None:
+        said = time.monotonic()
+        while (job := self._ask()).status == PENDING:
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                self._view.note(waits_to_start(job))
+            time.sleep(RECONNECT_S)
+
+    def _catch_up(self) -> None:
+        try:
+            log_so_far = self._server.log_so_far(self._name)
+        except SubmitError as error:
+            log.debug("the connection will bring it: %s", error)
+            return
+        self._view.catch_up(log_so_far)
+        self._shown = len(log_so_far)
 
     async def _take(self) -> bool:
         """Show what is new until the connection ends; whether it ended as it should."""

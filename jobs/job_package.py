@@ -4,6 +4,7 @@ own code, so that the cluster runs what the configuration was checked with. Know
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def collect(folder: Path, config: str) -> JobPackage:
     files = {path.relative_to(folder).as_posix(): path for path in _wanted(folder, ())}
     if "://" not in config:
         files[config] = folder / config
+    _refuse_modules_of_python(folder, files)
     files |= _code()
     _refuse_too_much(folder, files)
     return JobPackage(files)
@@ -98,6 +100,16 @@ def _code() -> dict[str, Path]:
     rules = (_Rules(root, GitIgnoreSpec.from_lines(JUNK)),)
     found = (path for package in CODE for path in _wanted(root / package, rules))
     return {path.relative_to(root).as_posix(): path for path in found}
+
+
+def _refuse_modules_of_python(folder: Path, files: dict[str, Path]) -> None:
+    """The folder comes first on the path of every process of the job: Ray's own would import them, and never start."""
+    for name in files:
+        if name.endswith(".py") and name.removesuffix(".py").removesuffix("/__init__") in sys.stdlib_module_names:
+            raise PackageError(
+                f"{folder / name} hides Python's own module of that name from every process of the job, which would "
+                f"not start: rename it, or name it in {folder / '.rayignore'}"
+            )
 
 
 def _refuse_too_much(folder: Path, files: dict[str, Path]) -> None:

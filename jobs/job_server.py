@@ -17,11 +17,12 @@ from pipeline.errors import PipelineError
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 NO_AGENT = "No available agent"  # a head answers some seconds before it can run jobs
+NOT_RAY = "Version check returned 404"
 AGENT_WAIT_S = 60.0
 TIMEOUT_S = (10.0, 120.0)  # to connect; between two bytes of an answer
 for _chatty in ("dashboard_sdk", "job.sdk"):  # they tell of packages and of connections that are closed
     logging.getLogger(f"ray.dashboard.modules.{_chatty}").setLevel(logging.WARNING)
-STOPPED, SUCCEEDED = JobStatus.STOPPED, JobStatus.SUCCEEDED
+PENDING, STOPPED, SUCCEEDED = JobStatus.PENDING, JobStatus.STOPPED, JobStatus.SUCCEEDED
 
 
 class SubmitError(PipelineError):
@@ -37,6 +38,13 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray's has no types
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **options})
+
+    def _check_connection_and_version_with_url(self, *arguments: Any, **options: Any) -> None:
+        """Another server has a page of its own there, or none."""
+        try:
+            super()._check_connection_and_version_with_url(*arguments, **options)
+        except (ValueError, KeyError) as error:
+            raise RuntimeError(NOT_RAY) from error
 
 
 class JobServer:
@@ -58,6 +66,12 @@ class JobServer:
                 return cls(_Client(found))
         except ValueError as error:
             raise SubmitError(f"no Ray Jobs server at {found}: {in_one_line(error)}") from error
+        except SubmitError as error:
+            if NOT_RAY not in str(error):
+                raise
+            raise SubmitError(
+                f"what answers at {found} is no Ray Jobs server: give the dashboard's address, http://HEAD:8265"
+            ) from error
 
     def jobs(self) -> list[Any]:
         """All that were submitted, the oldest first; what other drivers run has no name here."""

@@ -19,8 +19,8 @@ LINE_EVERY_S = 10.0
 NOTES_A_SECOND = 10  # more than these nobody reads
 BAR_EVERY_S = 0.1
 _UNKNOWN = "unknown time"
-PROGRESS_LINE = re.compile(r"\S+ \S+ INFO \w+ [\d,]+ of [\d,]+, .* left")
-"""Of a log: what `advance` writes where nobody looks."""
+PROGRESS_LINE = re.compile(r"\S+ \S+ INFO (\w+ [\d,]+ of [\d,]+, .* left)")
+"""Of a log: what `advance` writes where nobody looks; in a group without the time of day."""
 
 
 class JobProgress:

@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs.command_line import say
 from jobs.config import ConfigError, Section, load_config
 from jobs.job_log import LogView, follow
-from jobs.job_package import collect
+from jobs.job_package import JobPackage, collect
 from jobs.job_server import JobServer, SubmitError
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
@@ -38,16 +39,25 @@ def run_submit(
         raise ConfigError(f"{kind!r} cannot be submitted: name one of {', '.join(KINDS)}")
     settings = load_config(KINDS[kind], config, overrides)
     output = str(getattr(settings, "output"))  # noqa: B009 - each kind has one
-    _refuse_relative(output)
+    _refuse_relative(settings)
     _refuse_secrets([config, *overrides])
     env_vars = _environment(names)
     server = JobServer.connect(address)
     there = _below_here(config)
+    package = collect(Path.cwd(), there)
     entrypoint = shlex.join(["dvae", kind, there, *overrides])
-    name = _running(server, submission_id(kind, output), entrypoint)
+    base, jobs = submission_id(kind, output), server.jobs()
+    # The number is of the very listing in which none of them runs: of two that submit at once, both take the same one.
+    name = _running(jobs, base, entrypoint)
     if name is None:
-        name = _send(server, submission_id(kind, output), entrypoint, there, env_vars, output)
-    return follow(server, name, LogView()) if wait else 0
+        name = _next_name(jobs, base)
+        again = shlex.join(["dvae", "submit", kind, there, *overrides, *(f"--env={each}" for each in names)])
+        about = {"output": public_url(normalize(output)), "submit": again}
+        _send(server, name, entrypoint, package, env_vars, about)
+    if wait:
+        return follow(server, name, LogView())
+    say(f"to follow it: dvae jobs logs {name} --follow; to stop it: dvae jobs stop {name}")
+    return 0
 
 
 def submission_id(kind: str, output: str) -> str:
@@ -56,29 +66,31 @@ def submission_id(kind: str, output: str) -> str:
     return f"dvae-{kind}-{hashlib.sha256(public_url(normalize(output)).encode()).hexdigest()[:8]}"
 
 
-def _running(server: JobServer, base: str, entrypoint: str) -> str | None:
-    for job in server.jobs():
+def _running(jobs: Iterable[Any], base: str, entrypoint: str) -> str | None:
+    for job in jobs:
         if _number(job.submission_id, base) and not job.status.is_terminal():
-            say(f"{job.submission_id} is running already; following it")
+            say(f"{job.submission_id} is running already")
             if job.entrypoint != entrypoint:
                 say(f"  it runs another line: {job.entrypoint}\n  to run yours: dvae jobs stop {job.submission_id}")
             return str(job.submission_id)
     return None
 
 
-def _send(server: JobServer, base: str, entrypoint: str, config: str, env_vars: dict[str, str], output: str) -> str:
-    """The name that it got."""
-    package = collect(Path.cwd(), config)
-    number = max((_number(job.submission_id, base) for job in server.jobs()), default=0) + 1
-    name = base if number == 1 else f"{base}-{number}"
+def _next_name(jobs: Iterable[Any], base: str) -> str:
+    number = max((_number(job.submission_id, base) for job in jobs), default=0) + 1
+    return base if number == 1 else f"{base}-{number}"
+
+
+def _send(
+    server: JobServer, name: str, entrypoint: str, package: JobPackage, env_vars: dict[str, str], about: dict[str, str]
+) -> None:
     with tempfile.TemporaryDirectory(prefix="dvae-submit-") as folder:
         archive = Path(folder) / "job.zip"
         package.write(archive)
-        if server.submit(name, entrypoint, archive, env_vars, {"output": public_url(normalize(output))}):
+        if server.submit(name, entrypoint, archive, env_vars, about):
             say(f"submitted {name} with {package.describe()}: {entrypoint}")
         else:
-            say(f"{name} was submitted at this moment by another; following it")
-    return name
+            say(f"{name} was submitted at this moment by another")
 
 
 def _number(name: str, base: str) -> int:
@@ -111,19 +123,33 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
             )
 
 
-def _refuse_relative(output: str) -> None:
-    if is_local(output) and "://" not in output and not Path(output).is_absolute():
-        raise SubmitError(
-            f"output {output} is a relative path: on the cluster it would lie in the job's temporary folder; "
-            "give a URL, or an absolute path on storage that all nodes share"
-        )
+def _refuse_relative(settings: Section) -> None:
+    for name, url in _places(settings):
+        if is_local(url) and "://" not in url and not Path(url).is_absolute():
+            raise SubmitError(
+                f"{name} {url} is a relative path: on the cluster it would be looked for in the job's temporary "
+                "folder; give a URL, or an absolute path on storage that all nodes share"
+            )
+
+
+def _places(settings: Section) -> Iterator[tuple[str, str]]:
+    """What a job reads and writes, by the names of the settings."""
+    if isinstance(settings, TokenizeConfig):
+        yield from (("output", settings.output), ("checkpoint", settings.checkpoint))
+        yield from (("shards", url) for url in settings.shards)
+    if isinstance(settings, TrainConfig):
+        yield "output", settings.output
+        yield from (("data.train_shards", url) for url in settings.data.train_shards)
+        yield from (("data.val_shards", url) for url in settings.data.val_shards)
 
 
 def _below_here(config: str) -> str:
-    """The path that the file has on the cluster, where the current folder is the working directory."""
+    """The path that the file has on the cluster, where the current folder is the working directory. It may be a link to
+    a file anywhere: as of other links, the file is sent."""
     if "://" in config:
         return config
+    path = Path(config)
     try:
-        return Path(config).resolve().relative_to(Path.cwd().resolve()).as_posix()
+        return (path.parent.resolve() / path.name).relative_to(Path.cwd()).as_posix()
     except ValueError as error:
         raise SubmitError(f"{config} lies outside {Path.cwd()}, whose files are sent") from error

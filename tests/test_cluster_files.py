@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra_files import CLOUDS, INFRA, PROJECT, ROOT, SBATCH, script_lines
+from infra_files import CLOUDS, INFRA, PROJECT, ROOT, SBATCH, TEXTS, script_lines
 
 
 def program(name: str) -> str:
@@ -65,6 +66,45 @@ def test_ray_up_takes_the_cloud_files(path: Path) -> None:
     for command in (*prepared["head_start_ray_commands"], *prepared["worker_start_ray_commands"]):
         assert command == "ray stop" or "RAY_AUTH_MODE=token" in command
     assert "--dashboard-host=127.0.0.1" in prepared["head_start_ray_commands"][-1]
+
+
+def test_every_machine_has_an_identity_that_we_name_and_the_heads_is_its_own() -> None:
+    """Ray's launcher would give the head one of its own, with rights on the whole project or account."""
+    names: dict[str, list[str]] = {}
+    for path in CLOUDS:
+        types = yaml.safe_load(path.read_text())["available_node_types"]
+        for name, machine in ((name, one["node_config"]) for name, one in types.items()):
+            profile = machine.get("IamInstanceProfile") or machine["serviceAccounts"][0]
+            names.setdefault("head" if name == "head" else "worker", []).append(profile.get("Name") or profile["email"])
+    assert set(names["head"]) == {"dvae-head", "dvae-head@PROJECT.iam.gserviceaccount.com"}
+    assert set(names["worker"]) == {"dvae", "dvae@PROJECT.iam.gserviceaccount.com"}
+
+
+def test_the_policy_of_aws_heads_allows_what_rays_launcher_calls_and_no_other_role_is_passed_on() -> None:
+    import ray.autoscaler
+
+    provider = Path(ray.autoscaler.__file__).parent / "_private" / "aws" / "node_provider.py"
+    calls = set(re.findall(r"self\.ec2(?:_fail_fast)?\.(?:meta\.client\.)?(\w+)(?=[.(]|$)", provider.read_text(), re.M))
+    actions = {"create_instances": "ec2:RunInstances", "instances": "ec2:DescribeInstances"}
+    stopped = {"start_instances", "stop_instances"}  # with cache_stopped_nodes alone
+    assert {"create_instances", "instances", "create_tags", "terminate_instances"} | stopped <= calls
+    assert yaml.safe_load((INFRA / "cloud" / "aws.yaml").read_text())["provider"]["cache_stopped_nodes"] is False
+    statements = json.loads((INFRA / "storage-policies" / "aws-head.json").read_text())["Statement"]
+    given = {
+        action
+        for one in statements
+        for action in ([one["Action"]] if isinstance(one["Action"], str) else one["Action"])
+    }
+    needed = {actions.get(call, f"ec2:{call.title().replace('_', '')}") for call in calls - stopped}
+    assert needed | {"iam:PassRole"} == given
+    (passed,) = (one for one in statements if one["Action"] == "iam:PassRole")
+    assert passed["Resource"] == "arn:aws:iam::ACCOUNT:role/dvae"
+
+
+@pytest.mark.parametrize("path", [each for each in TEXTS if each.suffix != ".md"], ids=lambda path: path.name)
+def test_files_that_a_file_of_infra_names_by_the_way_to_them_are_there(path: Path) -> None:
+    for name in re.findall(r"(?:\.\./)+[\w./-]*\w", path.read_text()):
+        assert (path.parent / name).exists(), f"{path} names {name}"
 
 
 @pytest.mark.parametrize("path", SBATCH, ids=lambda path: path.name)

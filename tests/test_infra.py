@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ from infra_files import (
 from jobs import cli
 from jobs.config import load_config
 from jobs.decode_place import Node, decode_place, takes_tasks
+from jobs.submit import STOP_WAIT_S
 from jobs.tokenize_config import TokenizeConfig
 from jobs.train_config import TrainConfig
 
@@ -114,6 +116,27 @@ def test_a_line_with_a_key_that_is_no_more_is_found() -> None:
 
 
 @each_overlay
+def test_the_component_of_a_job_comes_last_for_it_copies_the_cluster_as_it_is_by_then(overlay: Path) -> None:
+    *first, last = yaml.safe_load((overlay / "kustomization.yaml").read_text())["components"]
+    assert not {Path(each).name for each in first} & set(KINDS)
+    assert (Path(last).name in KINDS) == bool(of_kind(overlay, "RayJob"))
+
+
+@pytest.mark.parametrize("components", [("aws", "tokenize"), ("tokenize", "aws")])
+def test_what_a_component_behind_that_of_the_job_patches_does_not_reach_it(
+    tmp_path: Path, components: tuple[str, str]
+) -> None:
+    """So says the README; where kustomize should change this, that paragraph may go."""
+    shutil.copytree(ROOT / "infra" / "kubernetes", tmp_path / "infra" / "kubernetes")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    overlay = tmp_path / "infra" / "kubernetes" / "overlays" / "tokenize-aws"
+    kustomization = yaml.safe_load((overlay / "kustomization.yaml").read_text())
+    kustomization["components"] = [f"../../components/{name}" for name in components]
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    assert ("nodeSelector" in pods(overlay)["head"]) == (components[-1] == "tokenize")
+
+
+@each_overlay
 def test_images_and_ray_are_the_pinned_ones(overlay: Path) -> None:
     spec = cluster_spec(overlay)
     assert f"ray=={spec['rayVersion']}\n" in (INFRA / "constraints.txt").read_text()
@@ -151,9 +174,21 @@ def test_the_network_lets_in_nodes_submitters_operator_and_metrics_alone(overlay
     visitors = [rule for rule in policy["spec"]["ingress"] if "ports" in rule]
     assert [port["port"] for rule in visitors for port in rule["ports"]] == [8265, 8080]
     assert all(any("podSelector" in who for who in rule["from"]) for rule in policy["spec"]["ingress"])
+    (submitter,) = (who["podSelector"]["matchLabels"] for who in visitors[0]["from"] if "namespaceSelector" not in who)
     for job in of_kind(overlay, "RayJob"):
-        labels = job["spec"]["submitterPodTemplate"]["metadata"]["labels"]
-        assert {"podSelector": {"matchLabels": labels}} in visitors[0]["from"] or labels["dvae/role"] == "submitter"
+        assert submitter.items() <= job["spec"]["submitterPodTemplate"]["metadata"]["labels"].items()
+
+
+@each_overlay
+def test_a_job_that_is_told_to_stop_has_as_long_as_a_submitted_one(overlay: Path) -> None:
+    (container,) = (one for one in pods(overlay)["head"]["containers"] if one["name"] == "ray-head")
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_WAIT_S)} in container["env"]
+
+
+@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.name)
+def test_so_has_one_on_cloud_machines(path: Path) -> None:
+    *_, start = yaml.safe_load(path.read_text())["head_start_ray_commands"]
+    assert f"RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S};" in start
 
 
 def gib(quantity: str) -> float:

@@ -18,19 +18,24 @@ from jobs.job_log import FollowLost, LogView, follow
 from jobs.job_server import JobServer
 from jobs.progress import PROGRESS_LINE, JobProgress
 
+AGAIN = "dvae submit tokenize t.yaml"
+
 
 def job(status: JobStatus, code: int | None = None, message: str = "") -> Any:
-    return SimpleNamespace(status=status, submission_id="dvae-x", message=message, driver_exit_code=code)
+    return SimpleNamespace(
+        status=status, submission_id="dvae-x", message=message, driver_exit_code=code, metadata={"submit": AGAIN}
+    )
 
 
 class Server:
-    """A Ray client. Its log connections break before the job ends, in each of the ways that Ray's can."""
+    """A Ray client, asked for a job that has started. Its log connections break before the job ends, in each of the
+    ways that Ray's can."""
 
     chunks = ("one\ntw", "o\n", "three")  # a log is sent from its beginning at each connection
     breaks = (RuntimeError("WebSocket connection closed unexpectedly"), None, ConnectionResetError("gone"), None)
 
     def __init__(self, *answers: Any) -> None:
-        self.connections, self.answers = 0, list(answers)
+        self.connections, self.answers = 0, [RUNNING, *answers]
 
     async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
         broken = self.breaks[min(self.connections, 3)]
@@ -58,12 +63,12 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_log_connection_is_taken_up_again_until_the_job_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    client = Server(RUNNING, RUNNING, RUNNING, job(JobStatus.FAILED, 3, "failed with exit code 3, last logs:\nthree"))
+    client = Server(RUNNING, RUNNING, RUNNING, job(JobStatus.FAILED, 3, "failed with exit code 3:\nthree"))
     assert follow(JobServer(client), "dvae-x", LogView()) == 3
     assert client.connections == 4
     said = capsys.readouterr()
     assert said.out == "one\ntwo\nthree\n"
-    assert said.err == "dvae-x: FAILED: failed with exit code 3, last logs:\n", "its end is shown already"
+    assert said.err == "dvae-x: FAILED: failed with exit code 3:\n", "its end is shown already"
 
 
 def test_a_log_whose_connection_broke_as_the_job_ended_is_fetched_once_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +112,8 @@ def test_a_silent_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("ended", "code", "said"),
     [
-        (job(JobStatus.STOPPED), 130, "goes on from what is done"),
+        (job(JobStatus.STOPPED), 130, f"it goes on from what is done with\n  {AGAIN}\n"),
+        (job(JobStatus.FAILED, 2, "failed with exit code 2, last available logs (truncated):\nx"), 2, "code 2\n"),
         (job(JobStatus.FAILED, 127, "failed with exit code 127"), 127, "has no `dvae`"),
         (job(JobStatus.FAILED, -9, "failed with exit code -9"), 1, "exit code -9"),
         (job(JobStatus.FAILED, None, "runtime_env setup failed:\nno space left"), 1, "no space left"),
@@ -122,6 +128,40 @@ def test_ctrl_c_leaves_the_job_to_itself_and_says_how_to_come_back(capsys: pytes
     assert follow(JobServer(Server(KeyboardInterrupt())), "dvae-x", LogView()) == 130
     said = capsys.readouterr().err
     assert "dvae jobs logs dvae-x --follow" in said and "dvae jobs stop dvae-x" in said
+
+
+def test_a_job_that_does_not_start_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_log, "SAY_EVERY_S", 0.0)
+    client = Server(ENDED, ENDED)
+    client.answers = [job(JobStatus.PENDING, None, "Job has not started yet.")] * 2 + client.answers
+    assert follow(JobServer(client), "dvae-x", LogView()) == 0
+    assert capsys.readouterr().err == "dvae-x waits to start: Job has not started yet.\n" * 2
+
+
+@pytest.mark.parametrize("num_said", [10, 5000])
+def test_who_comes_to_a_long_log_on_a_terminal_sees_its_end_and_then_all_that_is_new(num_said: int) -> None:
+    """It would be drawn for minutes."""
+    said = "".join(f"line {number}\n" for number in range(num_said)) + "hal"
+
+    class Long(Server):
+        def get_job_logs(self, name: str) -> str:
+            return said
+
+        async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+            yield said[:7]
+            yield said[7:] + "f\nnew\n"
+
+    screen = io.StringIO()
+    view = LogView(Console(file=screen, force_terminal=True, width=100, highlight=False))
+    assert follow(JobServer(Long(ENDED)), "dvae-x", view) == 0
+    first, *shown = screen.getvalue().splitlines()
+    if num_said == 10:
+        assert [first, *shown] == [f"line {number}" for number in range(10)] + ["half", "new"]
+    else:
+        assert first == "(4,001 lines before these: dvae jobs logs shows them)"
+        assert shown == [f"line {number}" for number in range(4001, 5000)] + ["half", "new"]
 
 
 def progress_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -148,9 +188,21 @@ def test_on_a_terminal_progress_is_one_line_below_the_others(monkeypatch: pytest
         view.write(f"{note}\n{half}\nsecond note\n{whole}\n[red]third[/] \x1b]0;title\x07 note")
     shown = screen.getvalue()
     clear = "\r\x1b[2K"
+    half, whole = (PROGRESS_LINE.fullmatch(line)[1] for line in (half, whole))  # type: ignore[index]
     assert f"{clear}second note\n" in shown, "it takes the place of the progress, which is drawn again below it"
     assert shown.index(half) < shown.index("second note") < shown.rindex(whole)
     assert "[red]third[/] \N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER} note" in shown
+
+
+def test_the_time_left_is_seen_on_a_terminal_of_usual_width() -> None:
+    line = (
+        "2026-11-23 13:05:08,123 INFO shards 8123 of 10000, 8,123,456 images, 1,234 images/s, 12 failed, "
+        "encoder busy 41%: it waits for pixels, 6 min left"
+    )
+    screen = io.StringIO()
+    with LogView(Console(file=screen, force_terminal=True, width=120, highlight=False)) as view:
+        view.write(line + "\n")
+    assert "it waits for pixels, 6 min left" in screen.getvalue()
 
 
 def test_where_nobody_looks_the_log_is_left_as_it_is_but_for_secrets(

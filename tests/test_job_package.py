@@ -73,6 +73,19 @@ def test_more_than_ray_takes_is_refused_before_it_is_packed_and_the_largest_are_
     collect(tmp_path, "t.yaml")
 
 
+@pytest.mark.parametrize("name", ["queue.py", "logging/__init__.py"])
+def test_a_module_that_would_hide_one_of_pythons_own_is_refused_for_no_process_of_the_job_would_start(
+    tmp_path: Path, name: str
+) -> None:
+    write(tmp_path, "t.yaml", "src/queue.py", "json/a.txt", "queue.txt", "io")
+    collect(tmp_path, "t.yaml")
+    write(tmp_path, name)
+    with pytest.raises(PackageError, match=rf"{name} hides Python's own module of that name .* rename it"):
+        collect(tmp_path, "t.yaml")
+    (tmp_path / ".rayignore").write_text(f"/{name.partition('/')[0]}\n")
+    collect(tmp_path, "t.yaml")
+
+
 def test_the_same_files_are_the_same_archive_which_ray_then_has_already(tmp_path: Path) -> None:
     write(tmp_path / "job", "t.yaml", "run.sh")
     (tmp_path / "job" / "run.sh").chmod(0o700)

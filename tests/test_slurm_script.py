@@ -31,10 +31,10 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(job: Path, *command: str) -> subprocess.Popen[bytes]:
+def start(job: Path, *command: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
     path = f"{job / 'bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
-    return subprocess.Popen([str(SCRIPT), *command], cwd=job, env=environment)
+    return subprocess.Popen([str(SCRIPT), *command], cwd=job, env=environment, stderr=stderr)
 
 
 def wait_for_work(job: Path) -> None:
@@ -69,3 +69,19 @@ def test_a_signal_stops_the_command_alone_and_puts_the_job_back_into_the_queue(j
     started, *rest = calls(job)
     assert started.startswith("ray symmetric-run --address 10.1.2.3:6379 --min-nodes 2 --disable-usage-stats -- bash")
     assert rest == ["works at 10.1.2.3:6379", "saved", "scontrol requeue 77"]
+
+
+def test_a_signal_before_the_command_has_begun_is_not_lost(job: Path) -> None:
+    """Ray waits for nodes first, up to ten minutes."""
+    (job / "bin" / "ray").write_text(
+        (job / "bin" / "ray").read_text().replace("while", "until [[ -e nodes ]]; do sleep 0.05; done; while", 1)
+    )
+    with start(job, "bash", "-c", "echo works >> calls", stderr=subprocess.PIPE) as running:
+        deadline = time.monotonic() + 60
+        while not calls(job) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        assert running.stderr is not None and b"told to stop" in running.stderr.readline()
+        (job / "nodes").touch()
+        assert running.wait(60) == 130
+    assert [call.split()[0] for call in calls(job)] == ["ray", "scontrol"], "the command was never begun"

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from make_training import settings
 from pipeline import storage
 
 POLICIES = Path(__file__).parent.parent / "infra" / "storage-policies"
+OUTPUTS = {"aws-tokenize.json": "tokens", "aws-read-tokens.json": "tokens", "aws-train.json": "models"}
 WRITES = {"s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
 
 
@@ -57,10 +59,11 @@ def request(method: str, target: str) -> Request:
     return Request(actions[verb], f"arn:aws:s3:::{bucket}/{key}")
 
 
-def policy(name: str, bucket: str) -> list[dict[str, Any]]:
-    text = (POLICIES / name).read_text().replace("INPUT-BUCKET", bucket).replace("OUTPUT-BUCKET", bucket)
-    statements: list[dict[str, Any]] = json.loads(text)["Statement"]
-    return statements
+def of_two_buckets(asked: Request, output: str) -> Request:
+    """As if the folder `output` of the test's bucket were in a bucket of its own, by the policies' names of them."""
+    folder = (asked.resource.partition("/")[2] or asked.prefix or "").partition("/")[0]
+    bucket = "OUTPUT-BUCKET" if folder == output else "INPUT-BUCKET"
+    return replace(asked, resource=re.sub(r":::test-bucket(?=/|$)", f":::{bucket}", asked.resource))
 
 
 def as_list(value: Any) -> list[str]:
@@ -81,8 +84,9 @@ def allowed(statements: list[dict[str, Any]], asked: Request) -> bool:
 
 
 def refused(name: str, asked: set[tuple[str, str]]) -> list[Request]:
-    statements = policy(name, "test-bucket")
-    return [one for one in map(lambda pair: request(*pair), sorted(asked)) if not allowed(statements, one)]
+    statements = json.loads((POLICIES / name).read_text())["Statement"]
+    requests = (of_two_buckets(request(*pair), OUTPUTS[name]) for pair in sorted(asked))
+    return [one for one in requests if not allowed(statements, one)]
 
 
 def dvae(port: int, *arguments: str) -> None:
@@ -151,6 +155,23 @@ def test_a_request_elsewhere_is_refused() -> None:
                   "GET /test-bucket?list-type=2&prefix=other/", "GET /other/images/a.tar"):  # fmt: skip
         method, _, path = asked.partition(" ")
         assert refused("aws-tokenize.json", {(method, path)}) != []
+
+
+def test_buckets_in_each_others_place_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {
+        "aws-tokenize.json": ["GET /test-bucket/images/a.tar", "GET /test-bucket?list-type=2&prefix=images/"],
+        "aws-train.json": ["PUT /test-bucket/models/model.json", "GET /test-bucket?list-type=2&prefix=models/"],
+        "aws-read-tokens.json": ["GET /test-bucket/tokens/run.json", "GET /test-bucket?list-type=2&prefix=tokens/"],
+    }
+    swapped = {"INPUT-BUCKET": "OUTPUT-BUCKET", "OUTPUT-BUCKET": "INPUT-BUCKET"}
+    for name, lines in asked.items():
+        pairs = {(method, path) for method, _, path in (line.partition(" ") for line in lines)}
+        assert refused(name, pairs) == []
+        text = (POLICIES / name).read_text()
+        (tmp_path / name).write_text(re.sub("|".join(swapped), lambda found: swapped[found[0]], text))
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[__name__], "POLICIES", tmp_path)
+            assert len(refused(name, pairs)) == 2
 
 
 def test_the_policies_of_other_clouds_allow_no_more_than_objects() -> None:

@@ -19,15 +19,20 @@ from jobs.cluster_jobs import run_list, run_logs, run_stop
 from jobs.config import ConfigError
 from jobs.job_server import JobServer, SubmitError
 from jobs.submit import run_submit, submission_id
+from web_server import serve
 
 BASE = submission_id("tokenize", "s3://c")
 
 
 def job(name: str | None, status: JobStatus = JobStatus.RUNNING, **changes: Any) -> Any:
-    values = {"entrypoint": "dvae tokenize t.yaml", "start_time": 1_700_000_000_000, "end_time": None, "message": ""}
-    return SimpleNamespace(
-        submission_id=name, status=status, driver_exit_code=None, metadata={"output": "s3://c"}, **{**values, **changes}
-    )
+    values: dict[str, Any] = {
+        "entrypoint": "dvae tokenize t.yaml",
+        "start_time": 1_700_000_000_000,
+        "end_time": None,
+        "message": "",
+    }
+    values |= {"submission_id": name, "status": status, "driver_exit_code": None, "metadata": {"output": "s3://c"}}
+    return SimpleNamespace(**{**values, **changes})
 
 
 class Client:
@@ -47,7 +52,7 @@ class Client:
 
     def submit_job(self, **job: Any) -> None:
         assert Path(job["runtime_env"]["working_dir"]).read_bytes()[:2] == b"PK"
-        if self.taken:
+        if self.taken or job["submission_id"] in {each.submission_id for each in self.jobs}:
             raise RuntimeError(
                 "Request failed with status code 400: Traceback (most recent call last):\n  File …\n"
                 f"ValueError: Job with submission_id {job['submission_id']} already exists. Please use a different …"
@@ -60,7 +65,7 @@ class Client:
         return True
 
     def get_job_logs(self, name: str) -> str:
-        return "begun\n" + "stopped; go on with\n" * bool(self.asked)
+        return "begun\n"
 
 
 Cluster = Callable[..., Client]
@@ -69,7 +74,7 @@ Cluster = Callable[..., Client]
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """Connects all commands to such a server; the current folder has a `t.yaml`."""
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    (tmp_path / "t.yaml").write_text("checkpoint: s3://a\nshards: s3://b\noutput: s3://c\n")
     monkeypatch.chdir(tmp_path)
 
     def connected(*jobs: Any, **options: Any) -> Client:
@@ -86,10 +91,11 @@ def send(*overrides: str, kind: str = "tokenize", config: str = "t.yaml", names:
 
 def test_the_cluster_runs_the_line_that_a_person_types_with_time_to_stop_in(cluster: Cluster) -> None:
     client = cluster()
-    assert send("batch_size=4", "shards=[a b.tar, c.tar]") == 0
+    line = "tokenize t.yaml batch_size=4 'shards=[s3://a b.tar, s3://c.tar]'"
+    assert send("batch_size=4", "shards=[s3://a b.tar, s3://c.tar]") == 0
     (sent,) = client.sent
-    assert sent["entrypoint"] == "dvae tokenize t.yaml batch_size=4 'shards=[a b.tar, c.tar]'"
-    assert sent["submission_id"] == BASE and sent["metadata"] == {"output": "s3://c"}
+    assert sent["entrypoint"] == f"dvae {line}" and sent["submission_id"] == BASE
+    assert sent["metadata"] == {"output": "s3://c", "submit": f"dvae submit {line}"}
     assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "660"}
 
 
@@ -116,7 +122,35 @@ def test_of_two_that_submit_at_once_the_second_follows_the_first(
 ) -> None:
     cluster(taken=True)
     assert send() == 0
-    assert f"{BASE} was submitted at this moment by another" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{BASE} was submitted at this moment by another" in said and f"dvae jobs logs {BASE} --follow" in said
+
+
+@pytest.mark.parametrize("step", ["collect", "JobPackage.write"])
+def test_one_that_submits_while_another_packs_its_files_gets_no_job_of_its_own(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Both would write to one output, and the second would fail on the lease of the first."""
+    client = cluster(job(BASE, JobStatus.FAILED))
+    owner, name = (submit.JobPackage, "write") if step == "JobPackage.write" else (submit, "collect")
+    pack = getattr(owner, name)
+
+    def pack_slowly(*arguments: Any) -> Any:
+        client.jobs.append(job(f"{BASE}-2", JobStatus.PENDING))
+        return pack(*arguments)
+
+    monkeypatch.setattr(owner, name, pack_slowly)
+    assert send() == 0 and client.sent == []
+
+
+def test_who_does_not_wait_is_told_how_to_follow_and_not_that_somebody_does(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for jobs in ((), (job(BASE),)):
+        cluster(*jobs)
+        assert send() == 0
+        said = capsys.readouterr().err
+        assert f"dvae jobs logs {BASE} --follow" in said and "following" not in said
 
 
 def test_what_is_wrong_is_said_before_anything_is_sent(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +166,30 @@ def test_what_is_wrong_is_said_before_anything_is_sent(cluster: Cluster, monkeyp
     assert client.sent == []
 
 
-@pytest.mark.parametrize("output", ["runs/tokens", "./c", "../c"])
-def test_an_output_in_the_jobs_own_folder_is_refused_before_anything_is_sent(cluster: Cluster, output: str) -> None:
+@pytest.mark.parametrize("place", ["output=c", "output=./c", "checkpoint=runs/dvae", "shards=[s3://a, in/*.tar]"])
+def test_a_place_in_the_jobs_own_folder_is_refused_before_anything_is_sent(cluster: Cluster, place: str) -> None:
+    client = cluster()
+    with pytest.raises(SubmitError, match=r"^(output|checkpoint|shards) \S+ is a relative path: .* give a URL, or an"):
+        send(place)
+    assert client.sent == []
+
+
+@pytest.mark.parametrize("name", ["train_shards", "val_shards"])
+def test_so_is_one_of_a_training(cluster: Cluster, name: str) -> None:
     cluster()
-    with pytest.raises(SubmitError, match="give a URL, or an absolute path on storage that all nodes share"):
-        send(f"output={output}")
+    Path("train.yaml").write_text("output: s3://c\ndata: {train_shards: s3://a, val_shards: /shared/b}\n")
+    assert send(kind="train", config="train.yaml") == 0
+    with pytest.raises(SubmitError, match=rf"^data\.{name} in/\*\.tar is a relative path"):
+        send(f"data.{name}=in/*.tar", kind="train", config="train.yaml")
+
+
+def test_a_configuration_that_is_a_link_is_sent_as_other_links_are(cluster: Cluster, tmp_path: Path) -> None:
+    client = cluster()
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "mine.yaml").symlink_to(tmp_path / "t.yaml")
+    os.chdir(tmp_path / "job")
+    assert send(config="mine.yaml") == 0
+    assert client.sent[0]["entrypoint"] == "dvae tokenize mine.yaml"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +214,7 @@ def test_variables_go_by_name_and_secrets_do_not(cluster: Cluster, monkeypatch: 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
     assert send(names=("AWS_ENDPOINT_URL",)) == 0
     assert client.sent[0]["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    assert client.sent[0]["metadata"]["submit"] == "dvae submit tokenize t.yaml --env=AWS_ENDPOINT_URL"
     for name in ("AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY", "STORE"):
         monkeypatch.setenv(name, "http://me:s3cret@minio:9000")
         with pytest.raises(SubmitError, match=f"--env {name}: .* looks like a secret") as refused:
@@ -182,6 +236,16 @@ def test_variables_go_by_name_and_secrets_do_not(cluster: Cluster, monkeypatch: 
 def test_an_address_that_is_no_dashboards_is_refused_at_once(address: str) -> None:
     with pytest.raises(SubmitError, match=f"{address} is no address of a Jobs server: .* http://HEAD:8265"):
         JobServer.connect(address)
+
+
+@pytest.mark.parametrize("page", [{}, {"do_GET": lambda request: request.send_error(404)}])
+def test_a_server_that_is_not_rays_is_told_from_one_and_the_port_is_named(page: dict[str, Any]) -> None:
+    with serve(**page) as web:
+        address = web.removesuffix("/x.tar")
+        with pytest.raises(
+            SubmitError, match=f"^what answers at {address} is no Ray Jobs server: .* http://HEAD:8265$"
+        ):
+            JobServer.connect(address)
 
 
 def test_no_address_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +289,7 @@ def test_errors_of_the_jobs_server_are_one_line(cluster: Cluster, monkeypatch: p
 
 
 def test_a_misspelt_option_is_named_and_taken_for_no_override(tmp_path: Path) -> None:
-    (tmp_path / "t.yaml").write_text("checkpoint: a\nshards: b\noutput: s3://c\n")
+    (tmp_path / "t.yaml").write_text("checkpoint: s3://a\nshards: s3://b\noutput: s3://c\n")
     command = [sys.executable, "-m", "jobs.cli", "submit", "tokenize", "t.yaml", "batch_size=4", "--adress", "http://h"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--adress" in done.stderr and "override" not in done.stderr
@@ -247,14 +311,33 @@ def test_jobs_are_listed_as_a_table_and_as_json(cluster: Cluster, capsys: pytest
     assert run_list(None, as_json=False) == 0 and "no job" in capsys.readouterr().out
 
 
-def test_a_job_that_was_stopped_has_said_goodbye(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    client = cluster(job(BASE))
+def test_a_job_that_was_stopped_has_said_goodbye_and_the_line_that_goes_on_is_one_for_here(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = cluster(job(BASE, metadata={"output": "s3://c", "submit": "dvae submit tokenize t.yaml --env=X"}))
+    logs = ["before\n" * 1000 + "stopped; go on with\n"]  # it is fetched once
+    monkeypatch.setattr(client, "get_job_logs", lambda name: logs.pop())
     assert run_stop(BASE, None) == 0
     said = capsys.readouterr()
-    assert client.asked == [BASE] and said.out == "stopped; go on with\n", "only what is new of its log"
-    assert f"{BASE}: STOPPED" in said.err
+    assert client.asked == [BASE] and said.out == "before\n" * 19 + "stopped; go on with\n"
+    assert "a training saves a checkpoint first" in said.err
+    assert f"{BASE}: STOPPED; it goes on from what is done with\n  dvae submit tokenize t.yaml --env=X\n" in said.err
     assert run_stop(BASE, None) == 0 and client.asked == [BASE]
     assert "ended already: STOPPED" in capsys.readouterr().err
+
+
+def test_a_job_that_has_not_started_is_stopped_without_the_promise_of_a_checkpoint(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending = job(BASE, JobStatus.PENDING, message="Job has not started yet.")
+    client = cluster(pending)
+    monkeypatch.setattr(client, "stop_job", lambda name: True)
+    monkeypatch.setattr(cluster_jobs, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(cluster_jobs.time, "sleep", lambda seconds: vars(pending).update(status=JobStatus.FAILED))
+    assert run_stop(BASE, None) == 0
+    said = capsys.readouterr().err
+    assert "it has not started" in said and "checkpoint" not in said
+    assert f"{BASE} waits to start: Job has not started yet. It stops then" in said
 
 
 def test_ctrl_c_while_a_job_stops_leaves_it_to_itself(

@@ -12,8 +12,9 @@ stopping=
 
 # shellcheck disable=SC2317,SC2329  # it is reached, by the trap
 stop() {
-    echo "on_ray: told to stop; the command saves what it has" >&2
     stopping=yes
+    touch "$driver.stop"   # for a command that has not begun: Ray may wait for its nodes for minutes
+    echo "on_ray: told to stop; the command saves what it has" >&2
     [[ -s $driver ]] && kill -TERM "$(<"$driver")"
 }
 trap stop TERM USR1
@@ -22,10 +23,11 @@ trap stop TERM USR1
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head --bytes=32 /dev/urandom | sha256sum | cut --characters=1-64)}
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=${RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT:-600}
 
+# It writes its id before it looks for the file, and the trap the other way round: one of them sees the other.
 # shellcheck disable=SC2016  # the inner shell expands these
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
     ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --disable-usage-stats -- \
-    bash -c 'echo $$ > "$0" && exec env RAY_ADDRESS="$@"' "$driver" "$address" "$@" &
+    bash -c 'echo $$ > "$0"; [[ -e $0.stop ]] && exit 130; exec env RAY_ADDRESS="$@"' "$driver" "$address" "$@" &
 steps=$!
 
 # A trap interrupts `wait`, which is then to be taken up again; once the step has ended, it gives its exit code.
@@ -34,7 +36,7 @@ while kill -0 "$steps" 2> /dev/null; do
 done
 wait "$steps"
 code=$?
-rm --force "$driver"
+rm --force "$driver" "$driver.stop"
 
 if [[ -n $stopping && $code -ne 0 ]]; then
     echo "on_ray: back into the queue" >&2
