@@ -58,7 +58,8 @@ def test_the_line_to_go_on_with_names_the_program_as_it_was_typed(
 def test_no_secret_of_a_typed_url_is_said_again(argument: str, tmp_path: Path) -> None:
     config = tmp_path / "t.yaml"
     config.write_text("checkpoint: /nowhere\nshards: /nowhere/*.tar\noutput: /nowhere/out\n")
-    command = [sys.executable, "-m", "jobs.cli", "tokenize", str(config), argument]
+    hasty = "from pipeline import store_requests; store_requests.PATIENCE_S = 1.0; from jobs.cli import main; main()"
+    command = [sys.executable, "-c", hasty, "tokenize", str(config), argument]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2 and done.stderr
     assert "S3CR3T" not in done.stdout + done.stderr
