@@ -19,7 +19,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("decode"), NUM_SHARDS, IMAGES, BATCH)
 
 
-@pytest.mark.slow
 def test_a_decode_node_that_joins_in_mid_run_is_used_and_one_that_dies_is_survived(folder: Path) -> None:
     report = go("decode_nodes_go.py", folder, "change")
     assert report["code"] == 0, report["said"]
