@@ -61,7 +61,7 @@ def run_stop(name: str, address: str | None) -> int:
         return INTERRUPTED
     with LogView() as view:
         view.write("\n".join(server.log_so_far(name).split("\n")[-LAST_WORDS - 1 :]))  # behind the last there is none
-    say(f"{name}: {job.status.value}; {goes_on(job)}")
+    say(f"{name}: {job.status.value}; {goes_on(server, job)}")
     return 0
 
 
@@ -85,7 +85,7 @@ def _known(server: JobServer, name: str) -> Any:
     if job is None:
         names = [each.submission_id for each in server.jobs()]
         close = difflib.get_close_matches(name, names, n=1)
-        meant = f"did you mean {close[0]}?" if close else "dvae jobs list names them"
+        meant = f"did you mean {close[0]}?" if close else f"{server.command('dvae jobs list')} names them"
         raise SubmitError(f"the cluster knows no job {name}; {meant}")
     return job
 

@@ -44,20 +44,18 @@ def follow(server: JobServer, name: str, view: LogView) -> int:
         with view:
             job = _Follower(server, name, view).until_the_end()
     except KeyboardInterrupt:
-        say(
-            f"detached; {name} goes on. To follow it again: the same command, or dvae jobs logs {name} --follow; "
-            f"to stop it: dvae jobs stop {name}"
-        )
+        again, stop = server.command(f"dvae jobs logs {name} --follow"), server.command(f"dvae jobs stop {name}")
+        say(f"detached; {name} goes on. To follow it again: the same command, or {again}; to stop it: {stop}")
         return INTERRUPTED
-    return exit_code(job)
+    return exit_code(server, job)
 
 
-def exit_code(job: Any) -> int:
+def exit_code(server: JobServer, job: Any) -> int:
     """Of a job that has ended, having said how where that was not well."""
     if job.status == SUCCEEDED:
         return 0
     if job.status == STOPPED:
-        say(f"{job.submission_id} was stopped; {goes_on(job)}")
+        say(f"{job.submission_id} was stopped; {goes_on(server, job)}")
         return INTERRUPTED
     code, message = job.driver_exit_code, str(job.message or "").strip()
     if code is not None:  # the command has run: the rest of the message is the end of the log, which is shown already
@@ -68,10 +66,11 @@ def exit_code(job: Any) -> int:
     return code if code is not None and 0 < code < 256 else 1
 
 
-def goes_on(job: Any) -> str:
+def goes_on(server: JobServer, job: Any) -> str:
     """How, after it was stopped. (The job's own goodbye names the line that ran there.)"""
     line = (job.metadata or {}).get("submit")
-    return "it goes on from what is done " + (f"with\n  {line}" if line else "when it is submitted again")
+    how = f"with\n  {server.command(line)}" if line else "when it is submitted again"
+    return f"it goes on from what is done {how}"
 
 
 def waits_to_start(job: Any) -> str:

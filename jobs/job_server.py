@@ -14,6 +14,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline.errors import PipelineError
+from pipeline.urls import public_url
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 NO_AGENT = "No available agent"  # a head answers some seconds before it can run jobs
@@ -50,8 +51,14 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray's has no types
 class JobServer:
     """Jobs are Ray's JobDetails. All raise SubmitError; ServerAway where asking again may help."""
 
-    def __init__(self, client: JobSubmissionClient) -> None:
+    def __init__(self, client: JobSubmissionClient, typed: str | None = None) -> None:
+        """`typed`: the address, where it was given and not found."""
         self._client = client
+        self._options = f" --address {public_url(typed)}" if typed else ""
+
+    def command(self, line: str) -> str:
+        """That line of ours, as it is to be typed for this server."""
+        return line + self._options
 
     @classmethod
     def connect(cls, address: str | None) -> JobServer:
@@ -63,7 +70,7 @@ class JobServer:
             raise SubmitError(f"{found} is no address of a Jobs server: give the dashboard's, http://HEAD:8265")
         try:
             with _asking(found), _preferred(found):
-                return cls(_Client(found))
+                return cls(_Client(found), address)
         except ValueError as error:
             raise SubmitError(f"no Ray Jobs server at {found}: {in_one_line(error)}") from error
         except SubmitError as error:

@@ -48,7 +48,7 @@ def run_submit(
     entrypoint = shlex.join(["dvae", kind, there, *overrides])
     base, jobs = submission_id(kind, output), server.jobs()
     # The number is of the very listing in which none of them runs: of two that submit at once, both take the same one.
-    name = _running(jobs, base, entrypoint)
+    name = _running(server, jobs, base, entrypoint)
     if name is None:
         name = _next_name(jobs, base)
         again = shlex.join(["dvae", "submit", kind, there, *overrides, *(f"--env={each}" for each in names)])
@@ -56,7 +56,8 @@ def run_submit(
         _send(server, name, entrypoint, package, env_vars, about)
     if wait:
         return follow(server, name, LogView())
-    say(f"to follow it: dvae jobs logs {name} --follow; to stop it: dvae jobs stop {name}")
+    say(f"to follow it: {server.command(f'dvae jobs logs {name} --follow')}")
+    say(f"to stop it: {server.command(f'dvae jobs stop {name}')}")
     return 0
 
 
@@ -66,12 +67,13 @@ def submission_id(kind: str, output: str) -> str:
     return f"dvae-{kind}-{hashlib.sha256(public_url(normalize(output)).encode()).hexdigest()[:8]}"
 
 
-def _running(jobs: Iterable[Any], base: str, entrypoint: str) -> str | None:
+def _running(server: JobServer, jobs: Iterable[Any], base: str, entrypoint: str) -> str | None:
     for job in jobs:
         if _number(job.submission_id, base) and not job.status.is_terminal():
             say(f"{job.submission_id} is running already")
             if job.entrypoint != entrypoint:
-                say(f"  it runs another line: {job.entrypoint}\n  to run yours: dvae jobs stop {job.submission_id}")
+                stop = server.command(f"dvae jobs stop {job.submission_id}")
+                say(f"  it runs another line: {job.entrypoint}\n  to run yours: {stop}")
             return str(job.submission_id)
     return None
 

@@ -120,14 +120,16 @@ def test_a_silent_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch, capsy
     ],
 )
 def test_exit_codes(ended: Any, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job_log.exit_code(ended) == code
+    assert job_log.exit_code(JobServer(Server()), ended) == code
     assert said in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_the_job_to_itself_and_says_how_to_come_back(capsys: pytest.CaptureFixture[str]) -> None:
-    assert follow(JobServer(Server(KeyboardInterrupt())), "dvae-x", LogView()) == 130
+    server = JobServer(Server(KeyboardInterrupt()), "http://user:secret@head:8265")
+    assert follow(server, "dvae-x", LogView()) == 130
     said = capsys.readouterr().err
-    assert "dvae jobs logs dvae-x --follow" in said and "dvae jobs stop dvae-x" in said
+    assert "dvae jobs logs dvae-x --follow --address http://head:8265;" in said
+    assert "dvae jobs stop dvae-x --address http://head:8265\n" in said
 
 
 def test_a_job_that_does_not_start_is_no_silence(

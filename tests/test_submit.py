@@ -79,7 +79,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     def connected(*jobs: Any, **options: Any) -> Client:
         client = Client(*jobs, **options)
-        monkeypatch.setattr(JobServer, "connect", lambda address: JobServer(client))
+        monkeypatch.setattr(JobServer, "connect", lambda address: JobServer(client, address))
         return client
 
     return connected
