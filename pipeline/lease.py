@@ -200,8 +200,10 @@ def _pid_namespace() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """The start time of a process in clock ticks (a process id alone is used again); None when it is gone."""
+    """The start time of a process in clock ticks (a process id alone is used again); None when it is gone, or dead and
+    not yet asked for its exit code."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return None if stat[0] in "ZX" else stat[19]
     except (OSError, IndexError):
         return None

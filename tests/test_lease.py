@@ -94,9 +94,10 @@ def test_a_driver_killed_with_sigkill_leaves_a_lease_that_the_next_takes_over(ou
     with pytest.raises(RunHeld, match=f"process {holder.pid}"), Lease(output):
         pass
     holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, but its parent has not asked for its code yet
     with Lease(output):
         assert stored(output)["pid"] == os.getpid()
+    holder.wait()
 
 
 def test_a_live_driver_on_another_host_is_respected_though_its_process_cannot_be_seen(output: OutputPrefix) -> None:

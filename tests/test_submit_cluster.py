@@ -259,7 +259,9 @@ def test_a_head_that_is_killed_and_started_again_goes_on_with_the_same_submit(
         name = submission_id("tokenize", output)
         with dvae(head, folder, "submit", "tokenize", "t.yaml") as client:
             read_until(client, lambda line: ": 30 rows" in line)
+            driver = json.loads(storage.read_bytes(f"{output}/lease.json"))["pid"]
             head.kill()
+            os.kill(driver, signal.SIGKILL)  # a machine takes its driver along
             assert "asking again" in read_until(client, lambda line: "asking again" in line)
             head.start()
             said = client.communicate(timeout=90)[0]
