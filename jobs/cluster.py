@@ -8,13 +8,13 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
-from jobs.leaving import end_in_time
+from jobs.leaving import end_in_time, leave_for_good
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 SWITCH_INTERVAL_S = 5e-5  # beside a busy Python thread a decode thread fell to 8% of its rate at the default
 OBJECT_STORE_BYTES = 200 << 20  # of a cluster of our own, where only small results pass through it
-FAREWELL_S = 10.0
+FAREWELL_S = 5.0  # after ten in vain Ray ends the process, before the lease is given back
 GCS_TIMEOUT_S = 1.0  # meanwhile the driver hears nobody and hands nothing out
 _SHARED_MEMORY = Path("/dev/shm")
 _ADVICE = "Some common causes include:"
@@ -30,6 +30,10 @@ _ADVICE = "Some common causes include:"
 
 class ClusterError(PipelineError):
     """The cluster cannot be reached, or lacks what was asked for."""
+
+
+class HeadGone(ClusterError):
+    """The cluster's head is silent."""
 
 
 @contextmanager
@@ -42,13 +46,21 @@ def connected(address: str | None, store_bytes: int = OBJECT_STORE_BYTES) -> Ite
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _connect(address, store_bytes)
-    try:
-        yield
-    finally:
-        if address == "local":
-            ray.shutdown()
-        else:  # a head that is frozen or cut off would be waited for, and the run's lease held, for ever
-            end_in_time(ray.shutdown, FAREWELL_S)
+    with ExitStack() as parting:
+        parting.callback(_part_from, address)
+        try:
+            yield
+        except HeadGone:  # nobody is there to hear a farewell
+            parting.pop_all()
+            leave_for_good()
+            raise
+
+
+def _part_from(address: str) -> None:
+    if address == "local":
+        ray.shutdown()
+    else:  # a head that is frozen or cut off would be waited for, and the run's lease held, for ever
+        end_in_time(ray.shutdown, FAREWELL_S)
 
 
 def _connect(address: str, store_bytes: int) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 log = logging.getLogger(__name__)
 _endings: list[threading.Thread] = []
+_for_good = threading.Event()
 
 
 def end_in_time(ending: Callable[[], None], within_s: float) -> None:
@@ -24,9 +25,14 @@ def end_in_time(ending: Callable[[], None], within_s: float) -> None:
         log.warning("the cluster does not answer to a farewell within %g s: left without one", within_s)
 
 
+def leave_for_good() -> None:
+    """What others do at the exit of this process would wait for ever too."""
+    _for_good.set()
+
+
 def exit_process(code: int) -> NoReturn:
     """As sys.exit does; where an ending goes on for ever, without what would wait for it."""
-    if any(thread.is_alive() for thread in _endings):
+    if _for_good.is_set() or any(thread.is_alive() for thread in _endings):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from jobs.cluster import ClusterError
+from jobs.cluster import ClusterError, HeadGone
 from jobs.pool_settings import PoolSettings
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Head:
         self._silent_since: float | None = None  # when the first question was asked that it has not answered
 
     def ask(self, question: Callable[[], T | None]) -> T | None:
-        """Its answer; None where there is none. Raises ClusterError when there has been none for too long. (How long
+        """Its answer; None where there is none. Raises HeadGone when there has been none for too long. (How long
         nobody asked says nothing of the head: whoever asks may have been held up.)"""
         asked, answer = self._now(), question()
         if answer is not None:
@@ -49,7 +49,7 @@ class Head:
             return answer
         self._silent_since = asked if self._silent_since is None else self._silent_since
         if (silent_s := self._now() - self._silent_since) > HEAD_PATIENCE_S:
-            raise ClusterError(
+            raise HeadGone(
                 f"the cluster's head has not answered for {silent_s:.0f} s; once there is one again, the same command "
                 "goes on from here"
             )

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.actors import _REASONS, ActorPool
-from jobs.cluster import ClusterError
+from jobs.cluster import ClusterError, HeadGone
 from jobs.decode_place import DecodeTasks
 from jobs.dispatch import Dispatch, GivenUp
 from jobs.pace import LEAST_DEADLINE_S
@@ -104,7 +104,7 @@ def test_a_head_that_is_gone_for_good_ends_the_run_in_time_and_says_how_to_go_on
         (20.0, headless(1e9)),
         (21.0, lambda them: [them.die(actor, "gone") for actor in them.living()]),
     ]
-    with pytest.raises(ClusterError, match=r"head has not answered for 3\d s; .*same command goes on"):
+    with pytest.raises(HeadGone, match=r"head has not answered for 3\d s; .*same command goes on"):
         run(actors, "abc")
     assert actors.time < 20 + RAY_ENDS_AFTER_S - 10
 

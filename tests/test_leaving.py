@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 
 from jobs import cluster
-from jobs.cluster import connected
+from jobs.cluster import HeadGone, connected
 
 PROGRAM = """
 import atexit, sys, threading
-from jobs.leaving import end_in_time, exit_process
+from jobs.leaving import end_in_time, exit_process, leave_for_good
 atexit.register(threading.Event().wait, float(sys.argv[1]))
-end_in_time(threading.Event().wait if sys.argv[2] == "stuck" else print, 0.1)
+if sys.argv[2] == "gone":
+    leave_for_good()
+else:
+    end_in_time(threading.Event().wait if sys.argv[2] == "stuck" else print, 0.1)
 print("the last word")
 exit_process(3)
 """
 
 
-@pytest.mark.parametrize(("at_exit_s", "ending"), [("600", "stuck"), ("0", "ends")])
+@pytest.mark.parametrize(("at_exit_s", "ending"), [("600", "stuck"), ("600", "gone"), ("0", "ends")])
 def test_a_process_ends_with_its_code_and_its_last_word_whatever_is_stuck(at_exit_s: str, ending: str) -> None:
     """As Ray's own farewell at the exit is, when its head is frozen."""
     command = [sys.executable, "-c", PROGRAM, at_exit_s, ending]
@@ -43,3 +46,14 @@ def test_a_cluster_that_never_answers_to_a_farewell_is_left_without_one(
         pass
     assert "left without one" in caplog.text and not answers.is_set()
     answers.set()
+
+
+def test_a_head_that_is_gone_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(cluster, "_connect", lambda *_: None)
+    monkeypatch.setattr(cluster, "leave_for_good", lambda: told.append(False))
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: told.append(True))
+    with pytest.raises(HeadGone), connected("10.0.0.1:6379"):
+        raise HeadGone
+    assert told == [False]
