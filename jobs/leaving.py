@@ -1,13 +1,16 @@
-"""An end in time: of what may never end (Ray waits for ever for a head that is frozen or cut off), and of a process in
-which such a thing is left. Knows no Ray."""
+"""An end in time: of what may never end (Ray waits for ever for a head that is frozen or cut off), of a process in
+which such a thing is left, and of one that is told to stop while it imports. Knows no Ray."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,29 @@ def end_in_time(ending: Callable[[], None], within_s: float) -> None:
     thread.join(within_s)
     if thread.is_alive():
         log.warning("the cluster does not answer to a farewell within %g s: left without one", within_s)
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """For imports: some libraries catch whatever is raised in the midst of theirs, and Ctrl-C and SIGTERM would be
+    lost. Inside, these are only noted; at the end KeyboardInterrupt is raised. Elsewhere than in the main thread
+    signals stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked.is_set():
+        raise KeyboardInterrupt
 
 
 def leave_for_good() -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from jobs.bottleneck import in_full, in_short
 from jobs.closing import Closing, named
+from jobs.leaving import signals_later
 from jobs.progress import JobProgress
 from jobs.recording import Recording
 from jobs.tokenize_config import TokenizeConfig
@@ -120,13 +121,14 @@ class Session:
         say(f"  {escape(command)}")
 
     def _tokenize(self, source: Source) -> None:
-        from jobs.actors import ActorPool  # Ray is imported only where there is work
-        from jobs.cluster import connected
-        from jobs.dispatch import Dispatch
-        from jobs.metrics import RayMeters
-        from jobs.metrics_tokenize import TokenizeMetrics
-        from jobs.pool_settings import pool_settings, store_bytes
-        from jobs.ray_actors import RayActors
+        with signals_later():  # Ray is imported only where there is work
+            from jobs.actors import ActorPool
+            from jobs.cluster import connected
+            from jobs.dispatch import Dispatch
+            from jobs.metrics import RayMeters
+            from jobs.metrics_tokenize import TokenizeMetrics
+            from jobs.pool_settings import pool_settings, store_bytes
+            from jobs.ray_actors import RayActors
 
         config, started, rows_before = self._config, time.monotonic(), self._recording.totals.num_rows
         with connected(config.ray.address, store_bytes(config, self._run.table.image_spec["size"])):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.leaving import signals_later
 from jobs.train_config import TrainConfig
 from jobs.train_health import standing
 from jobs.train_output import TrainOutput, check, claim, identity
@@ -124,14 +125,15 @@ def _check(lease: Lease) -> None:
 
 
 def _train(config: TrainConfig, train: list[ObjectInfo], val: list[ObjectInfo], check: Callable[[], None]) -> Ending:
-    from jobs.train_worker import TrainJob  # torch and Ray are imported only where there is work
+    with signals_later():  # torch and Ray are imported only where there is work
+        from jobs.train_worker import TrainJob
 
+        if config.ray.num_workers != 0:
+            from jobs.train_ray import train_on_ray
     job = TrainJob(config, tuple(train), tuple(val))
     try:
         if config.ray.num_workers == 0:
             return _train_here(job, check)
-        from jobs.train_ray import train_on_ray
-
         return train_on_ray(job, check)
     except StorageError as error:
         raise TrainingFailed(f"{error}; the same command goes on from the newest checkpoint") from error

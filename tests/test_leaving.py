@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from jobs import cluster
 from jobs.cluster import HeadGone, connected
+from jobs.leaving import signals_later
 
 PROGRAM = """
 import atexit, sys, threading
@@ -57,3 +60,16 @@ def test_a_head_that_is_gone_is_told_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(HeadGone), connected("10.0.0.1:6379"):
         raise HeadGone
     assert told == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_within_an_import_that_swallows_it_is_heard_after_it(number: signal.Signals) -> None:
+    before, done = signal.getsignal(number), []
+    with pytest.raises(KeyboardInterrupt), signals_later():
+        with suppress(BaseException):
+            signal.raise_signal(number)
+            done.append("the import")
+        done.append("all of it")
+    assert done == ["the import", "all of it"] and signal.getsignal(number) is before
+    with signals_later():
+        pass
