@@ -44,9 +44,13 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self._renewed = _Moment()
-        if not storage.create(self._url, self._content()):
-            self._take_over()
-        self._thread.start()
+        try:
+            if not storage.create(self._url, self._content()):
+                self._take_over()
+            self._thread.start()
+        except KeyboardInterrupt:  # told to stop, perhaps when it was there already
+            self._give_back()
+            raise
         return self
 
     def __exit__(
@@ -54,6 +58,9 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
         try:
             if self._is_mine(_read(self._url)):
                 storage.remove(self._url)

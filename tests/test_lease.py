@@ -72,6 +72,21 @@ def test_a_lease_ends_with_its_driver(output: OutputPrefix) -> None:
     assert not [t for t in threading.enumerate() if t.name == "lease"]
 
 
+def test_a_driver_that_is_told_to_stop_as_it_takes_a_lease_leaves_none(
+    output: OutputPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(url: str, data: bytes) -> bool:
+        storage.publish(url, data)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pipeline.lease.storage.create", interrupted)
+        Lease(output).__enter__()
+    assert not storage.exists(output.file("lease.json"))
+    with Lease(output), pytest.raises(RunHeld):
+        Lease(output).__enter__()
+
+
 def test_a_lease_whose_process_is_gone_is_taken_over(output: OutputPrefix) -> None:
     left_behind(output, pid=gone_process())
     with Lease(output):
