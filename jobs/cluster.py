@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from jobs.leaving import end_in_time, leave_for_good
+from jobs.leaving import end_in_time, leave_for_good, no_signal_lost
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,13 @@ def _connect(address: str, store_bytes: int) -> None:
     own = {"include_dashboard": False, "object_store_memory": _there_is(store_bytes)} if address == "local" else {}
     on_sigterm = signal.getsignal(signal.SIGTERM)  # ray.init puts one in its place that exits with code 15
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
+        with no_signal_lost():
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster at {address}: {error}; give another address (ray.address, --ray), or leave it out"
         ) from error
-    except SystemExit as error:  # SIGTERM while Ray was starting, after which its C++ side would abort in three seconds
+    except (SystemExit, KeyboardInterrupt) as error:  # after SIGTERM its C++ side would abort in three seconds
         signal.alarm(0)
         ray.shutdown()
         raise KeyboardInterrupt from error

@@ -6,10 +6,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -49,6 +50,28 @@ def signals_later() -> Iterator[None]:
             signal.signal(number, handler)
     if asked.is_set():
         raise KeyboardInterrupt
+
+
+@contextmanager
+def no_signal_lost() -> Iterator[None]:
+    """For code that may catch what our handlers raise, or puts handlers of its own: where SIGINT or SIGTERM came in the
+    midst of it and it ends well all the same, KeyboardInterrupt is raised. In the main thread; elsewhere it is as if
+    it weren't there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came, comes = socket.socketpair()
+    with came, comes:
+        for end in (came, comes):
+            end.setblocking(False)
+        before = signal.set_wakeup_fd(comes.fileno(), warn_on_full_buffer=False)  # Python writes each signal's number
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+        with suppress(BlockingIOError):  # nothing came
+            if {signal.SIGINT, signal.SIGTERM} & set(came.recv(4096)):
+                raise KeyboardInterrupt
 
 
 def leave_for_good() -> None:

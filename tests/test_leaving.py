@@ -14,7 +14,7 @@ import pytest
 
 from jobs import cluster
 from jobs.cluster import HeadGone, connected
-from jobs.leaving import signals_later
+from jobs.leaving import no_signal_lost, signals_later
 
 PROGRAM = """
 import atexit, sys, threading
@@ -73,3 +73,21 @@ def test_a_signal_within_an_import_that_swallows_it_is_heard_after_it(number: si
     assert done == ["the import", "all of it"] and signal.getsignal(number) is before
     with signals_later():
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_other_handlers_swallow_is_not_lost(number: signal.Signals) -> None:
+    """As Ray's are, while it starts."""
+    before = signal.getsignal(number)
+    try:
+        with pytest.raises(KeyboardInterrupt), no_signal_lost():
+            signal.signal(number, lambda *_: None)
+            signal.raise_signal(number)
+        with no_signal_lost():
+            signal.raise_signal(signal.SIGCHLD)
+        with pytest.raises(ZeroDivisionError), no_signal_lost():
+            signal.raise_signal(number)
+            raise ZeroDivisionError
+    finally:
+        signal.signal(number, before)
+    assert signal.set_wakeup_fd(-1) == -1
